@@ -1,0 +1,358 @@
+"""Every knob, as frozen dataclasses with units and checks.
+
+Imports nothing of ours, no torch and no hydra. A wrong value raises ValueError whose text
+names the key, the value given and what is allowed; `recipe.py` turns it into an InputError.
+
+Shape letters used across the project: B batch, T position, N = B*T tokens, D model width,
+E experts, K chosen experts, R = N*K routed rows, H heads, C head width, A = H*C
+attention-expert width, F feed-forward-expert width, G router width, V vocabulary, L layers,
+S stages.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin, get_type_hints
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+RouterKind = Literal["mlp", "linear", "gmm"]
+RoutingLoss = Literal["mi", "switch"]
+Initialisation = Literal["published", "scaled"]
+GrowthMode = Literal["gated", "compete"]
+ExpertInitialisation = Literal["copy_most_used", "random", "mean"]
+Probe = Literal["self", "reservoir", "both", "none"]
+Precision = Literal["fp32", "bf16"]
+MethodName = Literal["grow", "full"]
+Strategy = Literal["single", "ddp"]
+
+
+def _require(config: object, key: str, condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{key}={getattr(config, key)!r}: must be {rule}")
+
+
+def _require_at_least(minimum: float, config: object, *keys: str) -> None:
+    for key in keys:
+        _require(config, key, getattr(config, key) >= minimum, f"at least {minimum}")
+
+
+def _require_choices(config: object) -> None:
+    """Every field whose type is a Literal holds one of its values."""
+    for key, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            _require(config, key, getattr(config, key) in get_args(hint), " or ".join(get_args(hint)))
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it may name a domain, a generation or a run folder; else ValueError."""
+    if NAME.fullmatch(name) is None:
+        rule = "letters, digits, '.', '_', '-', at most 64, starting with a letter or digit"
+        raise ValueError(f"name={name!r}: must be {rule}")
+    return name
+
+
+@dataclass(frozen=True)
+class DomainGateConfig:
+    """Shape of one causal domain gate, and where its probability opens it.
+
+    The gate is exactly 0 below `opens_at`, exactly 1 above `full_at`, linear between.
+    """
+
+    d_embedding: int = 32
+    d_convolution: int = 64
+    convolution_width: int = 8
+    decays: tuple[float, ...] = (0.9, 0.97, 0.99)
+    d_hidden: int = 64
+    opens_at: float = 0.5
+    full_at: float = 0.95
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, self, "d_embedding", "d_convolution", "convolution_width", "d_hidden")
+        _require(self, "decays", all(0 < decay < 1 for decay in self.decays), "between 0 and 1")
+        _require(self, "opens_at", 0 <= self.opens_at < self.full_at, f"from 0 to below full_at ({self.full_at})")
+        _require(self, "full_at", self.full_at <= 1, "at most 1")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What one growth added. Expert counts are per layer; zero is allowed. A rank of 0 means
+    the part is absent; a rank of at least min(rows, columns) is stored as one full matrix."""
+
+    name: str
+    mode: GrowthMode
+    attention_experts: tuple[int, ...]
+    feedforward_experts: tuple[int, ...]
+    attention_experts_per_token: int
+    feedforward_experts_per_token: int
+    d_feedforward: int
+    embedding_rank: int = 0
+    head_rank: int = 0
+    key_value_rank: int = 0
+    norms: bool = False
+    gate: DomainGateConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        _require_choices(self)
+        layers = len(self.attention_experts)
+        _require(self, "feedforward_experts", len(self.feedforward_experts) == layers, f"one count a layer ({layers})")
+        _require(
+            self, "gate", (self.gate is not None) == (self.mode == "gated"), "present in mode gated, and only there"
+        )
+        for key in ("attention_experts", "feedforward_experts"):
+            _require(self, key, all(count >= 0 for count in getattr(self, key)), "zero or more in every layer")
+        _require_at_least(0, self, "embedding_rank", "head_rank", "key_value_rank")
+        changes = self.embedding_rank or self.head_rank or self.key_value_rank or self.norms
+        rule = "gated where embedding, head, keys, values or norms change (only a gate can switch a change off)"
+        _require(self, "mode", self.mode == "gated" or not changes, rule)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a ModuleFormer (arXiv 2306.04640) and of the generations grown on it."""
+
+    vocab_size: int = 258
+    d_model: int = 160
+    num_layers: int = 4
+    num_heads: int = 4
+    d_attention: int = 160
+    attention_experts: int = 6
+    attention_experts_per_token: int = 2
+    feedforward_experts: int = 8
+    feedforward_experts_per_token: int = 2
+    d_feedforward: int = 320
+    router: RouterKind = "mlp"
+    d_router: int = 64
+    routing_loss: RoutingLoss = "mi"
+    routing_loss_weight: float = 1e-3
+    init: Initialisation = "scaled"
+    layer_norm_eps: float = 1e-5
+    bos_id: int = 256
+    eos_id: int = 256
+    pad_id: int = 257
+    generations: tuple[GenerationConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require_at_least(1, self, "vocab_size", "d_model", "num_layers", "num_heads", "d_attention")
+        _require_at_least(1, self, "d_feedforward", "d_router")
+        _require_at_least(0, self, "routing_loss_weight")
+        _require(self, "layer_norm_eps", self.layer_norm_eps > 0, "positive")
+        rule = f"a multiple of num_heads ({self.num_heads})"
+        _require(self, "d_attention", self.d_attention % self.num_heads == 0, rule)
+        for kind in ("attention", "feedforward"):
+            chosen, experts = getattr(self, f"{kind}_experts_per_token"), getattr(self, f"{kind}_experts")
+            rule = f"between 1 and {kind}_experts ({experts})"
+            _require(self, f"{kind}_experts_per_token", 1 <= chosen <= experts, rule)
+        for key in ("bos_id", "eos_id", "pad_id"):
+            rule = f"a token id below vocab_size ({self.vocab_size})"
+            _require(self, key, 0 <= getattr(self, key) < self.vocab_size, rule)
+        for generation in self.generations:
+            counts = len(generation.attention_experts)
+            rule = f"given one expert count per layer ({self.num_layers}, not {counts})"
+            _require(self, "generations", counts == self.num_layers, rule)
+        names = {generation.name for generation in self.generations}
+        _require(self, "generations", len(names) == len(self.generations), "named differently")
+
+    @property
+    def d_head(self) -> int:
+        """C, the width of one attention head."""
+        return self.d_attention // self.num_heads
+
+    @property
+    def identity_keys_values(self) -> bool:
+        """True where keys and values are the layer's input itself (A == D and H == 1)."""
+        return self.d_attention == self.d_model and self.num_heads == 1
+
+
+@dataclass(frozen=True)
+class GateTraining:
+    """How a domain gate is trained, calibrated and protected."""
+
+    probe: Probe = "self"
+    probe_sequences: int = 192
+    probe_length: int = 256
+    reservoir_bytes: int = 262_144
+    reservoir_share: float = 0.01
+    negatives_share: float = 0.25
+    steps: int = 600
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    max_false_open: float = 0.01
+    ramp: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require_at_least(1, self, "probe_sequences", "probe_length", "steps", "batch_size")
+        _require_at_least(0, self, "reservoir_bytes", "reservoir_share")
+        _require(self, "max_false_open", 0 < self.max_false_open < 1, "a share between 0 and 1")
+        _require(self, "negatives_share", 0 <= self.negatives_share < 1, "a share from 0 to below 1")
+        _require(self, "ramp", 0 < self.ramp < 1, "between 0 and 1")
+        _require(self, "learning_rate", self.learning_rate > 0, "positive")
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """What one growth adds. `layers` is "all", "top_half" or a tuple of layer numbers."""
+
+    mode: GrowthMode = "gated"
+    attention_experts: int = 4
+    feedforward_experts: int = 4
+    attention_experts_per_token: int = 2
+    feedforward_experts_per_token: int = 2
+    d_feedforward: int | None = None
+    layers: str | tuple[int, ...] = "all"
+    initial: ExpertInitialisation = "copy_most_used"
+    embedding_rank: int = 256
+    head_rank: int = 256
+    key_value_rank: int = 0
+    norms: bool = False
+    new_router_bias: float = -4.0
+    gate: GateTraining = field(default_factory=GateTraining)
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require_at_least(0, self, "attention_experts", "feedforward_experts")
+        _require_at_least(0, self, "embedding_rank", "head_rank", "key_value_rank")
+        some = self.attention_experts + self.feedforward_experts > 0
+        _require(self, "feedforward_experts", some, "at least 1 where attention_experts is 0")
+        for kind in ("attention", "feedforward"):
+            chosen, experts = getattr(self, f"{kind}_experts_per_token"), getattr(self, f"{kind}_experts")
+            rule = f"between 1 and {kind}_experts ({experts})"
+            _require(self, f"{kind}_experts_per_token", experts == 0 or 1 <= chosen <= experts, rule)
+        known = isinstance(self.layers, tuple) or self.layers in ("all", "top_half")
+        _require(self, "layers", known, "all, top_half or a list of layer numbers")
+        wide = self.d_feedforward is None or self.d_feedforward >= 1
+        _require(self, "d_feedforward", wide, "at least 1, or null for the base's width")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One stage of training. `tokens` is the budget: steps = tokens // (batch_size * sequence_length)."""
+
+    tokens: int = 1_200_000
+    sequence_length: int = 256
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 2e-3
+    min_learning_rate_share: float = 0.1
+    warmup_share: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip: float = 1.0
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    log_every_steps: int = 10
+    commit_every_s: float = 30.0
+    commit_every_steps: int | None = None
+    max_bad_steps_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require_at_least(1, self, "sequence_length", "batch_size", "log_every_steps", "max_bad_steps_in_a_row")
+        step = self.batch_size * self.sequence_length
+        _require(
+            self, "tokens", self.tokens >= step, f"at least one step of batch_size * sequence_length ({step}) tokens"
+        )
+        micro = self.micro_batch_size
+        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        _require(self, "micro_batch_size", divides, f"a divisor of batch_size ({self.batch_size})")
+        for key in ("learning_rate", "gradient_clip", "commit_every_s"):
+            _require(self, key, getattr(self, key) > 0, "positive")
+        for key in ("min_learning_rate_share", "warmup_share"):
+            _require(self, key, 0 <= getattr(self, key) <= 1, "a share from 0 to 1")
+        _require_at_least(0, self, "weight_decay")
+        _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        often = self.commit_every_steps is None or self.commit_every_steps >= 1
+        _require(self, "commit_every_steps", often, "at least 1, or null to commit by time")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps the budget pays for."""
+        return self.tokens // (self.batch_size * self.sequence_length)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step on one process."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How losses are measured. `max_bytes` caps each domain's split (whole documents, first in
+    the split's fixed order); None takes all. `test` is for final numbers only."""
+
+    split: Literal["validation", "test"] = "validation"
+    max_bytes: int | None = None
+    window: int = 256
+    batch_size: int = 32
+    bootstrap_samples: int = 2000
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require_at_least(2, self, "window")
+        _require(self, "window", self.window % 2 == 0, "even (the stride is half of it)")
+        _require_at_least(1, self, "batch_size", "bootstrap_samples")
+        some = self.max_bytes is None or self.max_bytes > 0
+        _require(self, "max_bytes", some, "positive, or null for all")
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """How the default base is built when none is named: a ModuleFormer pretrained on `domains`."""
+
+    domains: tuple[str, ...] = ("prose",)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Where training runs. `threads` None leaves torch's own choice."""
+
+    strategy: Strategy = "single"
+    accelerator: Literal["cpu", "gpu", "auto"] = "auto"
+    devices: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require_at_least(1, self, "devices")
+        _require(self, "devices", self.strategy == "ddp" or self.devices == 1, "1 unless trainer=ddp")
+        _require(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or null")
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Extra loggers beside the CSV that is always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "mfext"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `domain` is what to learn: a name in conf/domain, a folder, or hf:owner/name.
+    `base` is a model or run folder; None builds (once) and reuses the base of `default_base`."""
+
+    domain: str = "code"
+    base: str | None = None
+    out: str | None = None
+    bystanders: tuple[str, ...] = ()
+    method: MethodName = "grow"
+    tokenizer: str = "bytes"
+    seed: int = 1
+    default_base: BaseConfig = field(default_factory=BaseConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require(self, "seed", 0 <= self.seed < 2**31, "from 0 to 2147483647")
+        _require(self, "domain", len(self.domain) > 0, "a name, a folder or hf:owner/name")

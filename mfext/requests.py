@@ -1,0 +1,98 @@
+"""What the small verbs are asked to do, and how every verb is asked to behave.
+
+A verb that trains takes a Recipe (config.py); the others take one of the requests below. Each command is
+`run(request, invocation) -> Report`. Checks as in config.py: ValueError naming the key, the value and the rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mfext.config import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How to run, never what to compute.
+
+    `device` is "cpu", "gpu" or None (the best there is); `threads` None leaves torch's own choice; `resume` is the
+    folder of an interrupted run to continue exactly.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbosity: int = 0
+    dry_run: bool = False
+    debug: bool = False
+    device: str | None = None
+    threads: int | None = None
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in (None, "auto", "cpu", "gpu"):
+            raise ValueError(f"device={self.device!r}: must be cpu, gpu or auto")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads!r}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """Losses and expert usage of a model on domains. `tokenizer` None takes the one named in the model folder."""
+
+    model: str
+    domains: tuple[str, ...]
+    tokenizer: str | None = None
+    seed: int = 1
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("domains=(): must be at least one name, folder or hf:owner/name")
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """Layers, generations, lineage and sizes of a model or run folder."""
+
+    model: str
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Text from a model. Temperature 0 is greedy; `top_k` and `top_p` None leave the distribution whole."""
+
+    model: str
+    prompts: tuple[str, ...] = ("",)
+    tokenizer: str | None = None
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens!r}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature!r}: must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k!r}: must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r}: must be above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """Rebuild report.html, report.md and metrics.json of a run from its raw ledger."""
+
+    run: str
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class DoctorRequest:
+    """Versions, devices, kernel self-check, what is missing."""
+
+    seed: int = 1
