@@ -1,0 +1,74 @@
+"""Stick-breaking attention: contract and choice of implementation.
+
+    l_ij = q_i.k_j / sqrt(C)      a_ij = sigmoid(l_ij) * prod_{m=j+1..i} (1 - sigmoid(l_im))      o_i = sum_j a_ij v_j
+
+Shapes: B batch, T queries, S keys (S >= T: query t sits at key index S-T+t), K chosen experts, H heads,
+C head width. The K experts' queries share keys and values. Key j is visible to query i if
+starts[b, t] <= j <= i; `starts` are key indices, None means 0. A query whose start lies behind it gives
+exact zeros. Source: arXiv 2306.04640, section 3. fp32, float64; bf16 is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mfext_kernels.stickbreaking import cpu, reference
+
+Backend = Literal["reference", "cpu"]
+
+
+def stickbreaking_attention(
+    q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None = None, backend: Backend | None = None
+) -> Tensor:
+    """Attend T queries per row to S shared keys and values -> o_BTKHC. Memory O(block * S), never T * T."""
+    batch, length, _, heads, width = _check_queries(q_BTKHC, 5)
+    _check_keys(k_BSHC, v_BSHC, batch, heads, width)
+    if k_BSHC.shape[1] < length:
+        raise ValueError(f"k_BSHC: {k_BSHC.shape[1]} keys for {length} queries; at least as many keys as queries are needed")
+    if starts_BT is not None and starts_BT.shape != (batch, length):
+        raise ValueError(f"starts_BT: must be ({batch}, {length}), not {tuple(starts_BT.shape)}")
+    q_BTKHC, k_BSHC, v_BSHC = _same_dtype(q_BTKHC, k_BSHC, v_BSHC)
+    o_BTKHC: Tensor = _implementation(backend).stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, starts_BT)
+    return o_BTKHC
+
+
+def stickbreaking_decode(
+    q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None = None, backend: Backend | None = None
+) -> Tensor:
+    """Attend one new position per row, whose own key is the last of the S -> o_BKHC."""
+    batch, _, heads, width = _check_queries(q_BKHC, 4)
+    _check_keys(k_BSHC, v_BSHC, batch, heads, width)
+    if starts_B is not None and starts_B.shape != (batch,):
+        raise ValueError(f"starts_B: must be ({batch},), not {tuple(starts_B.shape)}")
+    q_BKHC, k_BSHC, v_BSHC = _same_dtype(q_BKHC, k_BSHC, v_BSHC)
+    o_BKHC: Tensor = _implementation(backend).stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, starts_B)
+    return o_BKHC
+
+
+def _implementation(backend: Backend | None) -> ModuleType:
+    if backend not in (None, "cpu", "reference"):
+        raise ValueError(f"backend={backend!r}: must be 'reference', 'cpu' or None")
+    return reference if backend == "reference" else cpu
+
+
+def _check_queries(queries: Tensor, dimensions: int) -> torch.Size:
+    if queries.dim() != dimensions:
+        raise ValueError(f"q: must have {dimensions} dimensions, not shape {tuple(queries.shape)}")
+    return queries.shape
+
+
+def _check_keys(k_BSHC: Tensor, v_BSHC: Tensor, batch: int, heads: int, width: int) -> None:
+    if k_BSHC.dim() != 4 or (k_BSHC.shape[0], k_BSHC.shape[2], k_BSHC.shape[3]) != (batch, heads, width) or v_BSHC.shape != k_BSHC.shape:
+        raise ValueError(f"k, v: must both be ({batch}, S, {heads}, {width}), not {tuple(k_BSHC.shape)} and {tuple(v_BSHC.shape)}")
+
+
+def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast (or mixed inputs) the three may differ; the widest wins."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
