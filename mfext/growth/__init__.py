@@ -1,0 +1,1 @@
+"""Changing a model's shape: plans are data, and one file applies them."""

@@ -1,0 +1,117 @@
+"""Teach a new generation's gate its domain, then calibrate it to a forgetting budget.
+
+Binary cross-entropy per position: new text against probes of everything before and open-set
+negatives. Thresholds come from probes held out of that training.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mfext.config import GateTraining
+from mfext.errors import InputError
+from mfext.growth.apply import set_gate_thresholds
+from mfext.growth.probes import Windows, open_set_negatives
+from mfext.model.domain_gate import DomainGate
+from mfext.model.moduleformer import ModuleFormer
+
+HELD_OUT = 0.25
+STRICTEST, LOOSEST = 0.98, 0.5
+
+
+@dataclass(frozen=True)
+class GateCalibration:
+    """Where the gate opens and what that cost on held-out text (shares of tokens)."""
+
+    opens_at: float
+    full_at: float
+    false_open: float
+    false_close: float
+    open_set_open: float
+    wall_s: float
+
+
+def train_gate(model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, seed: int) -> GateCalibration:
+    """Train and calibrate the newest generation's gate; nothing else in the model changes.
+
+    `new` and `old` are windows of the new domain and of probes. Raises InputError with fewer
+    than 8 of either, and where the newest generation has no gate.
+    """
+    gate = model.generation(len(model.generations)).gate if len(model.generations) else None
+    if gate is None:
+        raise InputError("no domain gate to train", "growth", "grow with mode gated first")
+    if min(len(new), len(old)) < 8:
+        raise InputError(f"{len(new)} windows of the new domain and {len(old)} probes", "growth.gate", "the gate needs at least 8 of each")
+    begun = time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
+    new_fit, new_held = _hold_out(new, generator)
+    old_fit, old_held = _hold_out(old, generator)
+    _fit(gate, model, new_fit, old_fit, settings, generator)
+    negatives = open_set_negatives(new_held, model.config.vocab_size, _special_ids(model), generator)
+    old_p, new_p, negative_p = (_probabilities(gate, windows) for windows in (old_held, new_held, negatives))
+    opens_at = float(torch.quantile(old_p[:1_000_000].double(), 1 - settings.max_false_open))
+    opens_at = min(max(opens_at, LOOSEST), STRICTEST)
+    full_at = opens_at + settings.ramp * (1 - opens_at)
+    set_gate_thresholds(model, opens_at, full_at)
+    return GateCalibration(
+        opens_at,
+        full_at,
+        float((old_p > opens_at).double().mean()),
+        float((new_p < full_at).double().mean()),
+        float((negative_p > opens_at).double().mean()),
+        time.monotonic() - begun,
+    )
+
+
+def _special_ids(model: ModuleFormer) -> set[int]:
+    return {model.config.bos_id, model.config.eos_id, model.config.pad_id}
+
+
+def _hold_out(windows: Windows, generator: torch.Generator) -> tuple[Windows, Windows]:
+    order = torch.randperm(len(windows), generator=generator)
+    held = max(2, int(len(windows) * HELD_OUT))
+    return windows.take(order[held:]), windows.take(order[:held])
+
+
+def _fit(gate: DomainGate, model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, generator: torch.Generator) -> None:
+    parameters = list(gate.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.05)
+    num_negative = int(settings.batch_size * settings.negatives_share)
+    num_new = (settings.batch_size - num_negative) // 2
+    for _ in range(settings.steps):
+        some_new = _draw(new, num_new + num_negative, generator)
+        negatives = open_set_negatives(some_new.take(torch.arange(num_new, len(some_new))), model.config.vocab_size, _special_ids(model), generator)
+        some_old = _draw(old, settings.batch_size - num_new - num_negative, generator)
+        length = min(some_new.input_ids.shape[1], some_old.input_ids.shape[1])
+        begin = int(torch.randint(0, length // 2, (1,), generator=generator)) * int(torch.randint(0, 2, (1,), generator=generator))
+        parts = [each.cut(begin, length - begin) for each in (some_new.take(torch.arange(num_new)), some_old, negatives)]
+        labels_BT = torch.zeros(settings.batch_size, length - begin)
+        labels_BT[:num_new] = 1.0
+        logits_BT, _ = gate(torch.cat([each.input_ids for each in parts]), torch.cat([each.document_starts for each in parts]))
+        loss = F.binary_cross_entropy_with_logits(logits_BT, labels_BT.to(logits_BT))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _draw(windows: Windows, count: int, generator: torch.Generator) -> Windows:
+    return windows.take(torch.randint(len(windows), (count,), generator=generator))
+
+
+@torch.inference_mode()
+def _probabilities(gate: DomainGate, windows: Windows) -> Tensor:
+    rows = torch.arange(len(windows)).split(64)
+    parts = [windows.take(each) for each in rows]
+    return torch.cat([gate(each.input_ids, each.document_starts)[0].sigmoid().flatten() for each in parts])

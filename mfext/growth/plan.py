@@ -1,0 +1,156 @@
+"""What an operation on a model would do: immutable data that can be printed, saved and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from mfext.config import DomainGateConfig, ExpertInitialisation, GenerationConfig, GrowthConfig, ModelConfig
+from mfext.errors import InputError
+from mfext.model.moduleformer import ModuleFormer
+
+
+@dataclass(frozen=True)
+class FreezeExperts:
+    """Everything the model has so far stops training."""
+
+    generations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AddExperts:
+    """One new generation: experts, router, gate and gated changes, in tensors of its own."""
+
+    generation: GenerationConfig
+    initial: ExpertInitialisation
+    new_router_bias: float
+
+
+@dataclass(frozen=True)
+class RemoveExperts:
+    """The newest generation leaves; the model is what it was before it, bit for bit."""
+
+    generation: str
+
+
+Operation = FreezeExperts | AddExperts | RemoveExperts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Operations in order, checked against the model they start from, and the config they end at."""
+
+    before: ModelConfig
+    operations: tuple[Operation, ...]
+    after: ModelConfig
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data: operations by name, parameter counts by part."""
+        operations = [{"operation": type(each).__name__, **asdict(each)} for each in self.operations]
+        return {"operations": operations, "parameters": self.parameters()}
+
+    def parameters(self) -> dict[str, int]:
+        """Parameter counts: `before`, `added`, `after`, and active per token before and after."""
+        before, after = count_parameters(self.before), count_parameters(self.after)
+        return {
+            "before": before["total"],
+            "after": after["total"],
+            "added": after["total"] - before["total"],
+            "active_before": before["active_per_token"],
+            "active_after": after["active_per_token"],
+        }
+
+
+def plan_growth(config: ModelConfig, growth: GrowthConfig, name: str) -> Plan:
+    """Plan one growth named `name` (the domain's name, as a rule).
+
+    Raises InputError where the name is taken or a layer number does not exist.
+    """
+    taken = [generation.name for generation in config.generations]
+    if name in taken:
+        known = ", ".join(taken)
+        raise InputError(f"generation '{name}' exists", "growth", f"the model already has {known}; give the new one another name")
+    layers = _chosen_layers(config, growth)
+
+    def per_layer(count: int) -> tuple[int, ...]:
+        return tuple(count if layer in layers else 0 for layer in range(config.num_layers))
+
+    gated = growth.mode == "gated"
+    generation = GenerationConfig(
+        name=name,
+        mode=growth.mode,
+        attention_experts=per_layer(growth.attention_experts),
+        feedforward_experts=per_layer(growth.feedforward_experts),
+        attention_experts_per_token=growth.attention_experts_per_token,
+        feedforward_experts_per_token=growth.feedforward_experts_per_token,
+        d_feedforward=config.d_feedforward if growth.mode == "compete" else growth.d_feedforward or config.d_feedforward,
+        embedding_rank=growth.embedding_rank if gated else 0,
+        head_rank=growth.head_rank if gated else 0,
+        key_value_rank=growth.key_value_rank if gated else 0,
+        norms=growth.norms and gated,
+        gate=DomainGateConfig() if gated else None,
+    )
+    after = replace(config, generations=(*config.generations, generation))
+    operations = (FreezeExperts(("base", *taken)), AddExperts(generation, growth.initial, growth.new_router_bias))
+    return Plan(config, operations, after)
+
+
+def plan_detach(config: ModelConfig) -> Plan:
+    """Plan the removal of the newest generation. Raises InputError where there is none."""
+    if not config.generations:
+        raise InputError("nothing to detach", "model", "it has no generation beyond its base")
+    after = replace(config, generations=config.generations[:-1])
+    return Plan(config, (RemoveExperts(config.generations[-1].name),), after)
+
+
+def _chosen_layers(config: ModelConfig, growth: GrowthConfig) -> set[int]:
+    if growth.layers == "all":
+        return set(range(config.num_layers))
+    if growth.layers == "top_half":
+        return set(range(config.num_layers // 2, config.num_layers))
+    chosen = {int(layer) for layer in growth.layers}
+    wrong = sorted(layer for layer in chosen if not 0 <= layer < config.num_layers)
+    if wrong or not chosen:
+        raise InputError(f"growth.layers={sorted(chosen)}", "growth", f"layers are numbered 0 to {config.num_layers - 1}")
+    return chosen
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part: `total`, `active_per_token`, one count per generation name (`base` first).
+
+    Active means what one token's forward multiplies with: chosen experts only, one embedding row,
+    every generation open.
+    """
+    with torch.device("meta"):
+        model = ModuleFormer(config)
+    shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    counts = {"base": sum(size for name, size in shapes.items() if not name.startswith("generations."))}
+    for index, generation in enumerate(config.generations):
+        prefix = f"generations.{index}."
+        counts[generation.name] = sum(size for name, size in shapes.items() if name.startswith(prefix))
+    total = sum(shapes.values())
+    return {"total": total, "active_per_token": total - _idle(config, shapes), **counts}
+
+
+def _idle(config: ModelConfig, shapes: Mapping[str, int]) -> int:
+    """Parameters one token does not touch: experts not chosen, embedding rows of other tokens."""
+    idle = shapes["embedding.weight"] // config.vocab_size * (config.vocab_size - 1)
+    for name, size in shapes.items():
+        kind = "attention" if name.endswith(("query", "experts.output", "attention.output")) else "feedforward"
+        if name.startswith("blocks.") and ".experts." in name:
+            experts, chosen = (config.attention_experts, config.attention_experts_per_token) if kind == "attention" else (config.feedforward_experts, config.feedforward_experts_per_token)
+            idle += size // experts * (experts - chosen)
+        elif name.startswith("generations.") and name.endswith(("attention.query", "attention.output", "feedforward.up", "feedforward.down")):
+            generation = config.generations[int(name.split(".")[1])]
+            layer = int(name.split(".")[3])
+            if generation.mode == "compete":
+                idle += size
+            elif kind == "attention":
+                experts = generation.attention_experts[layer]
+                idle += size // experts * (experts - generation.attention_experts_per_token)
+            else:
+                experts = generation.feedforward_experts[layer]
+                idle += size // experts * (experts - generation.feedforward_experts_per_token)
+    return idle

@@ -1,0 +1,1 @@
+"""ModuleFormer in pure torch: knows no domain, no growth procedure and no trainer."""

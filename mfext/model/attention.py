@@ -1,0 +1,98 @@
+"""Stick-breaking attention with experts for queries and outputs, shared keys and values.
+
+Source: arXiv 2306.04640, section 2.2.
+"""
+
+from __future__ import annotations
+
+from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode
+from mfext_kernels.stickbreaking.reference import stickbreaking_weights
+from torch import Tensor, nn
+
+from mfext.config import ModelConfig
+from mfext.model.experts import AttentionExperts, mix_outputs, project_queries
+from mfext.model.forward_pass import Pass, SiteOutput, competing_layers
+from mfext.model.generation import OpenTokens
+from mfext.model.positions import Positions
+from mfext.model.router import Router, RouterRows, Routing, Site, route
+
+
+class ExpertAttention(nn.Module):
+    """One layer's attention: router, experts (queries and outputs), shared keys and values."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.site = Site(layer, "attention")
+        self.router = Router(config.router, config.d_model, config.d_router, config.attention_experts)
+        self.experts = AttentionExperts(config.attention_experts, config.d_model, config.d_attention)
+        self.key = None if config.identity_keys_values else nn.Linear(config.d_model, config.d_attention)
+        self.value = None if config.identity_keys_values else nn.Linear(config.d_model, config.d_attention)
+
+    def forward(self, x_BTD: Tensor, shared: Pass) -> SiteOutput:
+        """Residual update of normalised activations x (B, T, D)."""
+        batch, length, width = x_BTD.shape
+        x_ND = x_BTD.reshape(batch * length, width)
+        k_BSHC, v_BSHC = self._keys_values(x_BTD, x_ND, shared)
+        competing = competing_layers(shared, self.site.layer)
+        rows = [each.attention_router for each in competing if isinstance(each.attention_router, RouterRows)]
+        stacks = [self.experts, *(each.attention for each in competing if isinstance(each.attention, AttentionExperts))]
+        routing = route(self.router(x_ND, rows), self.config.attention_experts_per_token, self.site)
+        q_BTKHC = self._heads(project_queries(x_ND, stacks, routing), batch)
+        o_MKA = self._attend(q_BTKHC, k_BSHC, v_BSHC, shared.positions)
+        y_ND = mix_outputs(o_MKA, stacks, routing)
+        routings = [routing]
+        for opened in shared.open_generations:
+            grown = opened.layer(self.site.layer)
+            if isinstance(grown.attention, AttentionExperts):
+                y_ND, grown_routing = self._add_generation(y_ND, x_ND, (k_BSHC, v_BSHC), opened, shared.positions)
+                routings.append(grown_routing)
+        weights = stickbreaking_weights(q_BTKHC, k_BSHC, shared.positions.starts_BT) if shared.return_attentions else None
+        return SiteOutput(y_ND.view(batch, length, width), tuple(routings), weights)
+
+    def _heads(self, q_MKA: Tensor, batch: int) -> Tensor:
+        return q_MKA.view(batch, -1, q_MKA.shape[1], self.config.num_heads, self.config.d_head)
+
+    def _keys_values(self, x_BTD: Tensor, x_ND: Tensor, shared: Pass) -> tuple[Tensor, Tensor]:
+        k_NA = x_ND if self.key is None else self.key(x_ND)
+        v_NA = x_ND if self.value is None else self.value(x_ND)
+        for opened in shared.open_generations:
+            grown = opened.layer(self.site.layer)
+            if grown.key is not None and grown.value is not None:
+                x_MD = opened.pick(x_ND)
+                k_NA = opened.add(k_NA, grown.key.apply_to(x_MD))
+                v_NA = opened.add(v_NA, grown.value.apply_to(x_MD))
+        shape = (*x_BTD.shape[:2], self.config.num_heads, self.config.d_head)
+        k_BTHC, v_BTHC = k_NA.view(shape), v_NA.view(shape)
+        return (k_BTHC, v_BTHC) if shared.cache is None else shared.cache.extend(self.site.layer, k_BTHC, v_BTHC)
+
+    def _attend(self, q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, positions: Positions) -> Tensor:
+        """Attended values (B*T, K, A); one new position takes the decoding step."""
+        if q_BTKHC.shape[1] == 1 and positions.offset > 0:
+            starts_B = None if positions.starts_BT is None else positions.starts_BT[:, 0]
+            o_BTKHC = stickbreaking_decode(q_BTKHC[:, 0], k_BSHC, v_BSHC, starts_B)
+        else:
+            o_BTKHC = stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, positions.starts_BT)
+        return o_BTKHC.reshape(-1, q_BTKHC.shape[2], self.config.d_attention)
+
+    def _add_generation(self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, positions: Positions) -> tuple[Tensor, Routing]:
+        """Add an open generation's attention experts; closed tokens keep their bits."""
+        grown, config = opened.layer(self.site.layer), opened.generation.config
+        assert isinstance(grown.attention_router, Router) and grown.attention is not None
+        x_MD = opened.pick(x_ND)
+        routing = route(grown.attention_router(x_MD), config.attention_experts_per_token, self.site, opened.number, opened.tokens_M)
+        q_MKA = project_queries(x_MD, [grown.attention], routing)
+        k_BSHC, v_BSHC = keys_values
+        starts_BT = positions.starts_BT
+        batch = k_BSHC.shape[0]
+        if opened.rows_b is not None and opened.tokens_in_rows_M is not None:
+            batch = opened.rows_b.shape[0]
+            k_BSHC, v_BSHC = k_BSHC[opened.rows_b], v_BSHC[opened.rows_b]
+            starts_BT = None if starts_BT is None else starts_BT[opened.rows_b]
+            length = y_ND.shape[0] // keys_values[0].shape[0]
+            spread = q_MKA.new_zeros(batch * length, *q_MKA.shape[1:])
+            q_MKA = spread.index_copy(0, opened.tokens_in_rows_M, q_MKA)
+        o_MKA = self._attend(self._heads(q_MKA, batch), k_BSHC, v_BSHC, Positions(positions.offset, starts_BT))
+        if opened.tokens_in_rows_M is not None:
+            o_MKA = o_MKA[opened.tokens_in_rows_M]
+        return opened.add(y_ND, mix_outputs(o_MKA, [grown.attention], routing)), routing

@@ -1,0 +1,43 @@
+"""Feed-forward experts behind a router. Source: arXiv 2306.04640, section 2.1."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mfext.config import ModelConfig
+from mfext.model.experts import FeedForwardExperts, mix_feedforward
+from mfext.model.forward_pass import Pass, SiteOutput, competing_layers
+from mfext.model.router import Router, RouterRows, Site, route
+
+
+class ExpertFeedForward(nn.Module):
+    """One layer's feed-forward: router and experts."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.site = Site(layer, "feedforward")
+        self.router = Router(config.router, config.d_model, config.d_router, config.feedforward_experts)
+        self.experts = FeedForwardExperts(config.feedforward_experts, config.d_model, config.d_feedforward)
+
+    def forward(self, x_BTD: Tensor, shared: Pass) -> SiteOutput:
+        """Residual update of normalised activations x (B, T, D)."""
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        competing = competing_layers(shared, self.site.layer)
+        rows = [each.feedforward_router for each in competing if isinstance(each.feedforward_router, RouterRows)]
+        grown_stacks = [each.feedforward for each in competing if isinstance(each.feedforward, FeedForwardExperts)]
+        routing = route(self.router(x_ND, rows), self.config.feedforward_experts_per_token, self.site)
+        y_ND = mix_feedforward(x_ND, [self.experts, *grown_stacks], routing)
+        routings = [routing]
+        for opened in shared.open_generations:
+            grown, config = opened.layer(self.site.layer), opened.generation.config
+            if grown.feedforward is None:
+                continue
+            assert isinstance(grown.feedforward_router, Router)
+            x_MD = opened.pick(x_ND)
+            logits_ME = grown.feedforward_router(x_MD)
+            chosen = config.feedforward_experts_per_token
+            routing = route(logits_ME, chosen, self.site, opened.number, opened.tokens_M)
+            y_ND = opened.add(y_ND, mix_feedforward(x_MD, [grown.feedforward], routing))
+            routings.append(routing)
+        return SiteOutput(y_ND.view_as(x_BTD), tuple(routings))

@@ -1,0 +1,74 @@
+"""Losses of a ModuleFormer; padding tokens never count.
+
+Source: arXiv 2306.04640, equations 3-5 (`mi`); the published configs' alternative (`switch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mfext.config import RoutingLoss
+from mfext.model.router import Routing
+
+IGNORED = -100
+
+
+def language_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token over targets that are not -100 (scalar)."""
+    logits_NV = logits_BTV.flatten(0, 1)
+    if logits_NV.dtype in (torch.bfloat16, torch.float16):
+        logits_NV = logits_NV.float()
+    return F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED)
+
+
+def routing_loss(routings: Iterable[Routing], valid_N: Tensor | None, kind: RoutingLoss) -> Tensor:
+    """Sum over routers of the balance loss in nats (scalar). `valid_N`: True where a token counts."""
+    losses = [_mutual_information(*_weigh(routing, valid_N)) if kind == "mi" else _switch(routing, valid_N) for routing in routings]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def concentration_loss(routings: Iterable[Routing], valid_N: Tensor | None) -> Tensor:
+    """Sum over routers of the marginal entropy H(e) in nats: minimised, mass moves to few experts.
+
+    The paper names a load-concentration loss without giving it; this is mfext's formulation.
+    """
+    losses = []
+    for routing in routings:
+        log_probs_ME, weight_M = _weigh(routing, valid_N)
+        losses.append(_entropy((log_probs_ME.exp() * weight_M[:, None]).sum(0)))
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    return -torch.xlogy(probs, probs).sum(-1)
+
+
+def _weigh(routing: Routing, valid_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (M, E) and weights (M) that sum to one over the tokens that count."""
+    log_probs_ME = routing.log_probs_ME
+    if valid_N is None:
+        weight_M = log_probs_ME.new_ones(log_probs_ME.shape[0])
+    else:
+        flat_N = valid_N.flatten()
+        weight_M = (flat_N if routing.tokens_M is None else flat_N[routing.tokens_M]).to(log_probs_ME.dtype)
+    return log_probs_ME, weight_M / weight_M.sum().clamp_min(1.0)
+
+
+def _mutual_information(log_probs_ME: Tensor, weight_M: Tensor) -> Tensor:
+    probs_ME = log_probs_ME.exp()
+    conditional = -((probs_ME * log_probs_ME).sum(-1) * weight_M).sum()
+    return conditional - _entropy((probs_ME * weight_M[:, None]).sum(0))
+
+
+def _switch(routing: Routing, valid_N: Tensor | None) -> Tensor:
+    log_probs_ME, weight_M = _weigh(routing, valid_N)
+    probability_E = (log_probs_ME.exp() * weight_M[:, None]).sum(0)
+    chosen_E = torch.zeros_like(probability_E)
+    chosen_E.index_add_(0, routing.experts_MK.flatten(), weight_M[:, None].expand_as(routing.experts_MK).flatten())
+    share = (F.normalize(probability_E, p=1, dim=0) * F.normalize(chosen_E, p=1, dim=0)).sum()
+    z = (torch.logsumexp(routing.logits_ME, dim=-1) ** 2 * weight_M).sum()
+    return routing.num_experts * share + 0.1 * z

@@ -1,0 +1,186 @@
+"""ModuleFormer (arXiv 2306.04640): a stack of expert attention and expert feed-forward.
+
+    x = x + attention(norm(x))        x = x + feedforward(norm(x))
+
+No positional embedding: order comes from stick-breaking attention alone. Generations grown
+later add to this without touching any of its tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mfext.config import ModelConfig
+from mfext.model.attention import ExpertAttention
+from mfext.model.cache import Cache
+from mfext.model.feedforward import ExpertFeedForward
+from mfext.model.forward_pass import Pass
+from mfext.model.generation import Generation, NormChange, OpenTokens
+from mfext.model.initialisation import initialise
+from mfext.model.positions import Positions
+from mfext.model.router import Routing
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward returns.
+
+    logits (B, T, V); routings of every site, in order of depth; gates (B, T, S) of the S gated
+    generations, None without any; hidden_states: L+1 tensors (B, T, D), the last after the final
+    norm; attentions: L tensors (B, K, H, T, S).
+    """
+
+    logits: Tensor
+    routings: tuple[Routing, ...]
+    gates: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] = ()
+    attentions: tuple[Tensor, ...] = ()
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a LayerNorm, each added to the residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.attention = ExpertAttention(config, layer)
+        self.feedforward_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.feedforward = ExpertFeedForward(config, layer)
+
+    def forward(self, x_BTD: Tensor, shared: Pass) -> tuple[Tensor, tuple[Routing, ...], Tensor | None]:
+        layer = self.attention.site.layer
+        changes = [(opened, opened.layer(layer)) for opened in shared.open_generations]
+        attention_changes = [(opened, grown.attention_norm) for opened, grown in changes]
+        attended = self.attention(changed_norm(self.attention_norm, x_BTD, attention_changes), shared)
+        x_BTD = x_BTD + attended.update_BTD
+        feedforward_changes = [(opened, grown.feedforward_norm) for opened, grown in changes]
+        fed = self.feedforward(changed_norm(self.feedforward_norm, x_BTD, feedforward_changes), shared)
+        return x_BTD + fed.update_BTD, attended.routings + fed.routings, attended.weights
+
+
+def changed_norm(norm: nn.LayerNorm, x_BTD: Tensor, changes: list[tuple[OpenTokens, NormChange | None]]) -> Tensor:
+    """LayerNorm with every open generation's gated change of weight and bias."""
+    out_BTD: Tensor = norm(x_BTD)
+    for opened, change in changes:
+        if change is not None:
+            plain_MD = F.layer_norm(opened.pick(x_BTD.flatten(0, 1)), norm.normalized_shape, eps=norm.eps)
+            out_BTD = opened.add(out_BTD.flatten(0, 1), plain_MD * change.weight + change.bias).view_as(x_BTD)
+    return out_BTD
+
+
+class ModuleFormer(nn.Module):
+    """The model: embedding, L blocks, final norm, untied head, and the generations grown on it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.generations = nn.ModuleList(Generation(generation, config) for generation in config.generations)
+        self.gradient_checkpointing = False
+        initialise(self)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute each block's activations in the backward pass instead of storing them."""
+        self.gradient_checkpointing = on
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def generation(self, number: int) -> Generation:
+        """The generation with this 1-based number."""
+        generation = self.generations[number - 1]
+        assert isinstance(generation, Generation)
+        return generation
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """An empty decoding cache with room for `capacity` positions."""
+        weight = self.embedding.weight
+        shape = (batch_size, capacity, self.config.num_heads, self.config.d_head)
+        layers = range(self.config.num_layers)
+        starts_B = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        return Cache([weight.new_empty(shape) for _ in layers], [weight.new_empty(shape) for _ in layers], starts_B)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        cache: Cache | None = None,
+        return_hidden: bool = False,
+        return_attentions: bool = False,
+    ) -> ModelOutput:
+        """Next-token logits of `input_ids` (B, T).
+
+        `attention_mask` (B, T): 1 for tokens, 0 for padding at the left or right.
+        `document_starts` (B, T): index of the first token of each position's document (packed
+        batches); with a cache, an absolute index. With `cache`, the tokens follow those it holds.
+        """
+        offset = 0 if cache is None else cache.length
+        cached_starts_B = None if cache is None else cache.starts_B
+        positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
+        gates = self._open_gates(input_ids, positions, cache)
+        opened = tuple(each for each in (OpenTokens.of(number, self.generation(number), gate_BT) for number, gate_BT in gates.items()) if each)
+        competing = tuple(self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.mode == "compete")
+        shared = Pass(positions, opened, competing, cache, return_attentions)
+        x_BTD = self._embed(input_ids, opened)
+        routings: list[Routing] = []
+        hidden, attentions = [x_BTD], []
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BTD, new_routings, weights = checkpoint(block, x_BTD, shared, use_reentrant=False)
+            else:
+                x_BTD, new_routings, weights = block(x_BTD, shared)
+            routings.extend(new_routings)
+            hidden.append(x_BTD)
+            attentions.append(weights)
+        x_BTD = changed_norm(self.final_norm, x_BTD, [(each, each.generation.final_norm) for each in opened])
+        hidden[-1] = x_BTD
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+            cache.starts_B = positions.dense_starts(input_ids)[:, -1]
+        return ModelOutput(
+            self._head(x_BTD, opened),
+            tuple(routings),
+            torch.stack(list(gates.values()), dim=-1) if gates else None,
+            tuple(hidden) if return_hidden else (),
+            tuple(attentions) if return_attentions else (),
+        )
+
+    def _open_gates(self, input_ids: Tensor, positions: Positions, cache: Cache | None) -> dict[int, Tensor]:
+        """g (B, T) of every gated generation by number, computed once for the whole model."""
+        gates = {}
+        for number in range(1, len(self.generations) + 1):
+            gate = self.generation(number).gate
+            if gate is not None:
+                state = None if cache is None else cache.gates.get(number)
+                logits_BT, state = gate(input_ids, positions.dense_starts(input_ids), positions.offset, state)
+                gates[number] = gate.openness(logits_BT)
+                if cache is not None:
+                    cache.gates[number] = state
+        return gates
+
+    def _embed(self, input_ids: Tensor, opened: tuple[OpenTokens, ...]) -> Tensor:
+        x_BTD: Tensor = self.embedding(input_ids)
+        for each in opened:
+            if each.generation.embedding is not None:
+                change_MD = each.generation.embedding.rows(each.pick(input_ids.flatten()))
+                x_BTD = each.add(x_BTD.flatten(0, 1), change_MD).view_as(x_BTD)
+        return x_BTD
+
+    def _head(self, x_BTD: Tensor, opened: tuple[OpenTokens, ...]) -> Tensor:
+        logits_BTV: Tensor = self.lm_head(x_BTD)
+        for each in opened:
+            if each.generation.head is not None:
+                change_MV = each.generation.head.apply_to(each.pick(x_BTD.flatten(0, 1)))
+                logits_BTV = each.add(logits_BTV.flatten(0, 1), change_MV).view_as(logits_BTV)
+        return logits_BTV
