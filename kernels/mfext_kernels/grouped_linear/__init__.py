@@ -21,7 +21,9 @@ from mfext_kernels.routing import Dispatch
 Backend = Literal["reference", "cpu"]
 
 
-def gather_linear(x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch, backend: Backend | None = None) -> Tensor:
+def gather_linear(
+    x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch, backend: Backend | None = None
+) -> Tensor:
     """Each token's row times the matrices (E_g, D, F) of its chosen experts -> rows_RF sorted by expert."""
     _check(weights, dispatch, x_ND.shape[-1])
     _check_rows("x_ND", x_ND, dispatch.num_tokens)
@@ -30,7 +32,9 @@ def gather_linear(x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch, b
     return rows_RF
 
 
-def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch, backend: Backend | None = None) -> Tensor:
+def scatter_linear(
+    rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch, backend: Backend | None = None
+) -> Tensor:
     """Sorted rows times their expert's matrix (E_g, F, D), times the gate, summed over K -> y_ND."""
     _check(weights, dispatch, rows_RF.shape[-1])
     _check_rows("rows_RF", rows_RF, dispatch.num_tokens * dispatch.num_chosen)
@@ -41,7 +45,12 @@ def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor,
 
 
 def expert_feedforward(
-    x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch, backend: Backend | None = None
+    x_ND: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    gates_NK: Tensor,
+    dispatch: Dispatch,
+    backend: Backend | None = None,
 ) -> Tensor:
     """The whole expert layer, sum_k gate * gelu_tanh(x U_e) V_e: U (E_g, D, F), V (E_g, F, D) -> y_ND."""
     _check(up, dispatch, x_ND.shape[-1])
@@ -49,7 +58,9 @@ def expert_feedforward(
     _check_rows("x_ND", x_ND, dispatch.num_tokens)
     _check_gates(gates_NK, dispatch)
     x_ND, gates_NK, *stacks = _autocast(x_ND, gates_NK, *up, *down)
-    y_ND: Tensor = _implementation(backend).expert_feedforward(x_ND, stacks[: len(up)], stacks[len(up) :], gates_NK, dispatch)
+    y_ND: Tensor = _implementation(backend).expert_feedforward(
+        x_ND, stacks[: len(up)], stacks[len(up) :], gates_NK, dispatch
+    )
     return y_ND
 
 
@@ -63,7 +74,9 @@ def order_rows(rows_RF: Tensor, dispatch: Dispatch, backend: Backend | None = No
 def sort_rows(rows_NKF: Tensor, dispatch: Dispatch, backend: Backend | None = None) -> Tensor:
     """Token order (N, K, F) -> sorted rows (R, F); the inverse of `order_rows`."""
     if rows_NKF.shape[:2] != (dispatch.num_tokens, dispatch.num_chosen):
-        raise ValueError(f"rows_NKF: must start with (N, K) = ({dispatch.num_tokens}, {dispatch.num_chosen}), not {tuple(rows_NKF.shape)}")
+        raise ValueError(
+            f"rows_NKF: must be ({dispatch.num_tokens}, {dispatch.num_chosen}, F), not {tuple(rows_NKF.shape)}"
+        )
     rows_RF: Tensor = _implementation(backend).sort_rows(rows_NKF, dispatch)
     return rows_RF
 
@@ -85,7 +98,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _check(weights: Sequence[Tensor], dispatch: Dispatch, width: int) -> None:
     stacked = sum(weight.shape[0] for weight in weights)
     if stacked != dispatch.num_experts:
-        raise ValueError(f"weights: {stacked} experts in {len(weights)} stacks, but the dispatch names {dispatch.num_experts}")
+        raise ValueError(
+            f"weights: {stacked} experts in {len(weights)} stacks, but the dispatch names {dispatch.num_experts}"
+        )
     for weight in weights:
         if weight.dim() != 3 or weight.shape[1] != width:
             raise ValueError(f"weights: each stack must be (experts, {width}, columns), not {tuple(weight.shape)}")
@@ -98,4 +113,6 @@ def _check_rows(name: str, rows: Tensor, num_rows: int) -> None:
 
 def _check_gates(gates_NK: Tensor, dispatch: Dispatch) -> None:
     if gates_NK.shape != (dispatch.num_tokens, dispatch.num_chosen):
-        raise ValueError(f"gates_NK: must be ({dispatch.num_tokens}, {dispatch.num_chosen}), not {tuple(gates_NK.shape)}")
+        raise ValueError(
+            f"gates_NK: must be ({dispatch.num_tokens}, {dispatch.num_chosen}), not {tuple(gates_NK.shape)}"
+        )

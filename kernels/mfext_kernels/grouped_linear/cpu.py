@@ -29,7 +29,9 @@ def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor,
     return y_ND
 
 
-def expert_feedforward(x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
+def expert_feedforward(
+    x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
+) -> Tensor:
     """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
     y_ND: Tensor = _ExpertFeedforward.apply(x_ND, gates_NK, dispatch, len(up), *up, *down)  # type: ignore[no-untyped-call]
     return y_ND
@@ -73,7 +75,9 @@ class _GatherLinear(torch.autograd.Function):
         dispatch: Dispatch = ctx.dispatch
         x_ND, *weights = ctx.saved_tensors
         grad_RF = grad_RF.contiguous()
-        grads = _weight_grads(lambda: x_ND.index_select(0, dispatch.tokens_R), grad_RF, weights, ctx.needs_input_grad[2:], dispatch)
+        grads = _weight_grads(
+            lambda: x_ND.index_select(0, dispatch.tokens_R), grad_RF, weights, ctx.needs_input_grad[2:], dispatch
+        )
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _sum_chosen(_multiply(grad_RF, weights, dispatch, transposed=True), None, dispatch)
@@ -107,7 +111,9 @@ class _ExpertFeedforward(torch.autograd.Function):
     """Saves x and the hidden rows before the activation; recomputes the activation, never stores y per row."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, gates_NK: Tensor, dispatch: Dispatch, num_stacks: int, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, gates_NK: Tensor, dispatch: Dispatch, num_stacks: int, *weights: Tensor
+    ) -> Tensor:
         ctx.dispatch, ctx.num_stacks = dispatch, num_stacks
         hidden_RF = _multiply(x_ND.index_select(0, dispatch.tokens_R), weights[:num_stacks], dispatch)
         ctx.save_for_backward(x_ND, gates_NK, hidden_RF, *weights)
@@ -155,12 +161,17 @@ def _multiply(rows: Tensor, weights: Sequence[Tensor], dispatch: Dispatch, trans
     return out
 
 
-def _weight_grads(make_rows: Any, grad_rows: Tensor, weights: Sequence[Tensor], needed: Sequence[bool], dispatch: Dispatch) -> list[Tensor | None]:
+def _weight_grads(
+    make_rows: Any, grad_rows: Tensor, weights: Sequence[Tensor], needed: Sequence[bool], dispatch: Dispatch
+) -> list[Tensor | None]:
     """Per stack, rows^T @ grad_rows of each expert; None for a stack that needs none (and no work if none does)."""
     if not any(needed):
         return [None] * len(weights)
     rows = make_rows()
-    grads = [torch.empty_like(weight, memory_format=torch.contiguous_format) if need else None for weight, need in zip(weights, needed, strict=True)]
+    grads = [
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need else None
+        for weight, need in zip(weights, needed, strict=True)
+    ]
     number = first = 0
     with torch.autocast(rows.device.type, enabled=False):
         for weight, grad in zip(weights, grads, strict=True):

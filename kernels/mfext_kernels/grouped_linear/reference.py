@@ -22,7 +22,9 @@ def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor,
     return (y_NKD * gates_NK.unsqueeze(-1)).sum(1)
 
 
-def expert_feedforward(x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
+def expert_feedforward(
+    x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
+) -> Tensor:
     """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
     hidden_RF = F.gelu(gather_linear(x_ND, up, dispatch), approximate="tanh")
     return scatter_linear(hidden_RF, down, gates_NK, dispatch)

@@ -35,7 +35,9 @@ def make_dispatch(experts_NK: Tensor, num_experts: int) -> Dispatch:
     Raises ValueError for another shape or dtype, or an expert outside the range.
     """
     if experts_NK.dim() != 2 or experts_NK.dtype != torch.int64:
-        raise ValueError(f"experts_NK: must be int64 of shape (N, K), not {experts_NK.dtype} of shape {tuple(experts_NK.shape)}")
+        raise ValueError(
+            f"experts_NK: must be int64 of shape (N, K), not {experts_NK.dtype} of shape {tuple(experts_NK.shape)}"
+        )
     num_tokens, num_chosen = experts_NK.shape
     with torch.no_grad():
         chosen_R, order_R = torch.sort(experts_NK.reshape(-1), stable=True)
@@ -48,5 +50,7 @@ def make_dispatch(experts_NK: Tensor, num_experts: int) -> Dispatch:
 
 def _sizes(sorted_R: Tensor, num_experts: int) -> tuple[int, ...]:
     if sorted_R.numel() and (int(sorted_R[0]) < 0 or int(sorted_R[-1]) >= num_experts):
-        raise ValueError(f"experts_NK: must be from 0 to {num_experts - 1}, not {int(sorted_R[0])} to {int(sorted_R[-1])}")
+        raise ValueError(
+            f"experts_NK: must be from 0 to {num_experts - 1}, not {int(sorted_R[0])} to {int(sorted_R[-1])}"
+        )
     return tuple(torch.bincount(sorted_R, minlength=num_experts).tolist())

@@ -28,7 +28,9 @@ def stickbreaking_attention(
     batch, length, _, heads, width = _check_queries(q_BTKHC, 5)
     _check_keys(k_BSHC, v_BSHC, batch, heads, width)
     if k_BSHC.shape[1] < length:
-        raise ValueError(f"k_BSHC: {k_BSHC.shape[1]} keys for {length} queries; at least as many keys as queries are needed")
+        raise ValueError(
+            f"k_BSHC: {k_BSHC.shape[1]} keys for {length} queries; at least as many keys as queries are needed"
+        )
     if starts_BT is not None and starts_BT.shape != (batch, length):
         raise ValueError(f"starts_BT: must be ({batch}, {length}), not {tuple(starts_BT.shape)}")
     q_BTKHC, k_BSHC, v_BSHC = _same_dtype(q_BTKHC, k_BSHC, v_BSHC)
@@ -62,8 +64,14 @@ def _check_queries(queries: Tensor, dimensions: int) -> torch.Size:
 
 
 def _check_keys(k_BSHC: Tensor, v_BSHC: Tensor, batch: int, heads: int, width: int) -> None:
-    if k_BSHC.dim() != 4 or (k_BSHC.shape[0], k_BSHC.shape[2], k_BSHC.shape[3]) != (batch, heads, width) or v_BSHC.shape != k_BSHC.shape:
-        raise ValueError(f"k, v: must both be ({batch}, S, {heads}, {width}), not {tuple(k_BSHC.shape)} and {tuple(v_BSHC.shape)}")
+    if (
+        k_BSHC.dim() != 4
+        or (k_BSHC.shape[0], k_BSHC.shape[2], k_BSHC.shape[3]) != (batch, heads, width)
+        or v_BSHC.shape != k_BSHC.shape
+    ):
+        raise ValueError(
+            f"k, v: must both be ({batch}, S, {heads}, {width}), not {tuple(k_BSHC.shape)} and {tuple(v_BSHC.shape)}"
+        )
 
 
 def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -3,22 +3,26 @@
 Keys and values are stored reversed, so the stick is a plain cumulative product along a row of
 p = sigmoid(-l): c_r = prod of p up to r, and the weight is a_r = c_{r-1} - c_r (c_{-1} = 1). p is computed
 directly, so nothing cancels and underflow of c is the right limit: no stick left. An invisible key has
-p = 1, which takes nothing. Backward, per block, needs no logarithm and no division: with g = dA * a,
-dl_m = g_m - sigmoid(l_m) * sum over j <= m of g_j. Only the newest key block meets the causal mask, and a
-block meets the starts mask only where a start lies behind the block's first key. Rows of a block are
-(query, chosen expert) pairs: the K experts' queries are folded onto the shared keys.
+p = 1, which takes nothing. A block walks its keys from the newest in tiles and stops once no row has a
+normal number of stick left: what older keys could take is below the smallest normal number, and so are
+their gradients. Backward repeats exactly the keys that forward met, and needs no logarithm and no division:
+with g = dA * a, dl_m = g_m - sigmoid(l_m) * sum over j <= m of g_j.
+Only a block's newest keys meet the causal mask, and a block meets the starts mask only where a start lies
+behind the block's first key. Rows of a block are (query, chosen expert) pairs: the K experts' queries are
+folded onto the shared keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 QUERIES = 64  # per block
+TILE = 256  # keys a block takes at a time before it asks whether any stick is left
 ELEMENTS = 1 << 18  # of one score block: 1 MiB in fp32, what a core's second-level cache holds
 
 
@@ -40,8 +44,10 @@ def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_
         if starts_B is not None:
             keys_S = torch.arange(k_BSHC.shape[1], device=k_BSHC.device)
             left_BHKS.masked_fill_((keys_S < starts_B.unsqueeze(1))[:, None, None, :], 1.0)
-        stick_BHKS = left_BHKS.flip(-1).cumprod(-1)
-        weights_BHKS = _differences(stick_BHKS, torch.empty_like(stick_BHKS)).flip(-1)
+        left_BHKS = left_BHKS.flip(-1)
+        stick_BHKS, weights_BHKS = torch.empty_like(left_BHKS), torch.empty_like(left_BHKS)
+        _break_stick(left_BHKS, stick_BHKS, weights_BHKS, None)
+        weights_BHKS = weights_BHKS.flip(-1)
         return torch.matmul(weights_BHKS, v_BSHC.to(exact).transpose(1, 2)).transpose(1, 2).to(q_BKHC.dtype)
 
 
@@ -51,9 +57,9 @@ class _Stickbreaking(torch.autograd.Function):
         with torch.autocast(q_BTKHC.device.type, enabled=False):
             folded = _fold_queries(q_BTKHC).mul_(-(q_BTKHC.shape[-1] ** -0.5)), _fold_keys(k_BSHC), _fold_keys(v_BSHC)
             plan = _Plan.make(q_BTKHC, k_BSHC, starts_BT)
-            out = _forward(*folded, plan)
+            out, blocks = _forward(*folded, plan)
         ctx.save_for_backward(*folded)
-        ctx.plan, ctx.dtype = plan, q_BTKHC.dtype
+        ctx.plan, ctx.blocks, ctx.dtype = plan, blocks, q_BTKHC.dtype
         return _unfold_queries(out, plan).to(q_BTKHC.dtype)
 
     @staticmethod
@@ -61,7 +67,7 @@ class _Stickbreaking(torch.autograd.Function):
         plan: _Plan = ctx.plan
         with torch.autocast(grad_BTKHC.device.type, enabled=False):
             queries, keys, values = ctx.saved_tensors
-            grads_q, grads_k, grads_v = _backward((queries, keys, values), _fold_queries(grad_BTKHC), plan)
+            grads_q, grads_k, grads_v = _backward((queries, keys, values), _fold_queries(grad_BTKHC), plan, ctx.blocks)
             grads_q.mul_(plan.width**-0.5)
         return (
             _unfold_queries(grads_q, plan).to(ctx.dtype),
@@ -73,7 +79,10 @@ class _Stickbreaking(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [first, last) of the (batch, head) pairs [pair, pair_end) against reversed keys [newest, newest + num_keys)."""
+    """Queries [first, last) of the (batch, head) pairs [pair, pair_end), and their reversed keys from `newest` on.
+
+    Where `starts` is given, keys from number `masked_from` of the block on may lie before a query's start.
+    """
 
     pair: int
     pair_end: int
@@ -83,6 +92,13 @@ class _Block:
     num_keys: int
     masked_from: int
     starts: Tensor | None
+
+    @property
+    def pairs(self) -> slice:
+        return slice(self.pair, self.pair_end)
+
+    def keys(self, first: int, last: int) -> slice:
+        return slice(self.newest + first, self.newest + last)
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class _Plan:
     chosen: int
     heads: int
     width: int
-    keys: int
+    num_keys: int
     starts_BT: Tensor | None
     least: list[list[int]]
     greatest: list[list[int]]
@@ -107,7 +123,7 @@ class _Plan:
             blocks = torch.split(starts_BT.detach().clamp(min=0), QUERIES, dim=1)
             least = torch.stack([block.amin(1) for block in blocks]).tolist()
             greatest = torch.stack([block.amax(1) for block in blocks]).tolist()
-            starts_BT = None if all(start == 0 for block in greatest for start in block) else starts_BT
+            starts_BT = starts_BT if any(start for block in greatest for start in block) else None
         batch, length, chosen, heads, width = q_BTKHC.shape
         return cls(batch, length, chosen, heads, width, k_BSHC.shape[1], starts_BT, least, greatest)
 
@@ -119,94 +135,130 @@ class _Plan:
             for number, first in enumerate(range(0, self.length, QUERIES)):
                 last = min(first + QUERIES, self.length)
                 newest = self.length - last
-                num_keys, masked_from, starts = self.keys - newest, self.keys, None
+                num_keys, masked_from, starts = self.num_keys - newest, self.num_keys, None
                 if self.starts_BT is not None:
+                    masked_from = max(0, num_keys - self.greatest[number][row])
                     num_keys -= self.least[number][row]
-                    if self.greatest[number][row] > self.least[number][row]:
-                        masked_from = max(0, self.keys - newest - self.greatest[number][row])
+                    if masked_from < num_keys:
                         starts = self.starts_BT[row, first:last]
                 if num_keys <= 0:
                     continue
-                pairs = max(1, ELEMENTS // ((last - first) * self.chosen * num_keys))
-                for pair in range(group_first, group_first + group, pairs):
-                    yield _Block(pair, min(pair + pairs, group_first + group), first, last, newest, num_keys, masked_from, starts)
+                step = self.pairs_at_once(last - first, min(num_keys, TILE))
+                for pair in range(group_first, group_first + group, step):
+                    end = min(pair + step, group_first + group)
+                    yield _Block(pair, end, first, last, newest, num_keys, masked_from, starts)
 
-    def scratch(self, like: Tensor, count: int) -> list[Tensor]:
-        """Flat buffers that hold the largest block; reused, since fresh pages cost more than the arithmetic."""
-        queries = min(QUERIES, self.length) * self.chosen
-        pairs = self.heads if self.starts_BT is not None else self.batch * self.heads
-        size = max(queries * self.keys, min(ELEMENTS, queries * self.keys * pairs))
-        return [like.new_empty(size) for _ in range(count)]
+    def pairs_at_once(self, num_queries: int, num_keys: int) -> int:
+        """How many (batch, head) pairs' scores fit one buffer."""
+        return max(1, ELEMENTS // (num_queries * self.chosen * num_keys))
+
+    def rows(self, block: _Block) -> slice:
+        """The block's rows among all T*K of a pair."""
+        return slice(block.first * self.chosen, block.last * self.chosen)
+
+    def scratch(self, like: Tensor, num_keys: int) -> list[Tensor]:
+        """Flat buffers for the largest block; reused, since fresh pages cost more than the arithmetic."""
+        size = min(QUERIES, self.length) * self.chosen * num_keys
+        most = max(size, min(ELEMENTS, size * self.batch * self.heads))
+        return [like.new_empty(most) for _ in range(3)]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, list[_Block]]:
+    """Output rows, and the blocks of work with the number of keys each really met."""
     out = torch.zeros_like(q)
-    buffers = plan.scratch(q, 3)
+    buffers = plan.scratch(q, min(TILE, plan.num_keys))
+    done = []
     for block in plan.blocks():
-        rows, keys = _rows(block, plan), slice(block.newest, block.newest + block.num_keys)
-        pairs = slice(block.pair, block.pair_end)
-        left, stick, weights = _views(buffers, block, plan)
-        _weights(q[pairs, rows], k[pairs, keys], block, plan, (left, stick, weights))
-        torch.bmm(weights, v[pairs, keys], out=out[pairs, rows])
-    return out
+        queries, out_rows = q[block.pairs, plan.rows(block)], out[block.pairs, plan.rows(block)]
+        ahead = _ahead(block, q.device)
+        left_before, first = None, 0
+        while first < block.num_keys:
+            last = min(first + TILE, block.num_keys)
+            left, stick, weights = _views(buffers, queries, last - first)
+            keys = block.keys(first, last)
+            torch.bmm(queries, k[block.pairs, keys].transpose(1, 2), out=left)
+            _mask(left.sigmoid_(), block, plan, ahead, first)
+            _break_stick(left, stick, weights, left_before)
+            if first == 0:
+                torch.bmm(weights, v[block.pairs, keys], out=out_rows)
+            else:
+                out_rows.baddbmm_(weights, v[block.pairs, keys])
+            first = last
+            if first < block.num_keys:
+                left_before = stick[..., -1].clone()
+                if float(left_before.amax()) < torch.finfo(q.dtype).tiny:
+                    break
+        done.append(replace(block, num_keys=first))
+    return out, done
 
 
-def _backward(folded: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    folded: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, plan: _Plan, blocks: list[_Block]
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = folded
     grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    buffers = plan.scratch(q, 3)
-    for block in plan.blocks():
-        rows, keys = _rows(block, plan), slice(block.newest, block.newest + block.num_keys)
-        pairs = slice(block.pair, block.pair_end)
-        left, total, grad = _views(buffers, block, plan)
-        queries, grads = q[pairs, rows], grad_out[pairs, rows]
-        _weights(queries, k[pairs, keys], block, plan, (left, total, grad))
-        grad_v[pairs, keys].baddbmm_(grad.transpose(1, 2), grads)
-        torch.bmm(grads, v[pairs, keys].transpose(1, 2), out=total)
-        grad.mul_(total)  # g
-        torch.cumsum(grad, -1, out=total)
-        total.sub_(total[..., -1:].clone())  # minus the sum of g over strictly older keys
-        grad.sub_(total)  # the sum over j <= m of g_j
-        total.addcmul_(left, grad)  # dl = p * sum - older sum, the same as g - sigmoid(l) * sum
-        torch.bmm(total, k[pairs, keys], out=grad_q[pairs, rows])
-        grad_k[pairs, keys].baddbmm_(total.transpose(1, 2), queries, alpha=-1)
+    buffers = plan.scratch(q, max((block.num_keys for block in blocks), default=0))
+    for whole in blocks:
+        ahead = _ahead(whole, q.device)
+        step = plan.pairs_at_once(whole.last - whole.first, whole.num_keys)
+        for pair in range(whole.pair, whole.pair_end, step):
+            block = replace(whole, pair=pair, pair_end=min(pair + step, whole.pair_end))
+            at_rows = (block.pairs, plan.rows(block))
+            at_keys = (block.pairs, block.keys(0, block.num_keys))
+            queries, grads, keys, values = q[at_rows], grad_out[at_rows], k[at_keys], v[at_keys]
+            left, total, grad = _views(buffers, queries, block.num_keys)
+            torch.bmm(queries, keys.transpose(1, 2), out=left)
+            _mask(left.sigmoid_(), block, plan, ahead, 0)
+            _break_stick(left, total, grad, None)
+            grad_v[at_keys].baddbmm_(grad.transpose(1, 2), grads)
+            torch.bmm(grads, values.transpose(1, 2), out=total)
+            grad.mul_(total)  # g
+            torch.cumsum(grad, -1, out=total)
+            total.sub_(total[..., -1:].clone())  # minus the sum of g over strictly older keys
+            grad.sub_(total)  # the sum over j <= m of g_j
+            total.addcmul_(left, grad)  # dl = p * sum - older sum, the same as g - sigmoid(l) * sum
+            torch.bmm(total, keys, out=grad_q[at_rows])
+            grad_k[at_keys].baddbmm_(total.transpose(1, 2), queries, alpha=-1)
     return grad_q, grad_k, grad_v
 
 
-def _weights(queries: Tensor, keys: Tensor, block: _Block, plan: _Plan, buffers: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Fill buffers with p = sigmoid(-l), the stick left c, and the weights a; `queries` carry the factor -1/sqrt(C)."""
-    left, stick, weights = buffers
-    torch.bmm(queries, keys.transpose(1, 2), out=left)
-    left.sigmoid_()
+def _ahead(block: _Block, device: torch.device) -> Tensor:
+    """Which of a block's newest keys (reversed) lie ahead of each query, shaped (queries, 1, keys)."""
     num_queries = block.last - block.first
-    by_query = left.view(left.shape[0], num_queries, plan.chosen, block.num_keys)
-    diagonal = min(num_queries, block.num_keys)
-    ahead = torch.ones(num_queries, num_queries, dtype=torch.bool, device=left.device).triu_(1).flip(1)
-    by_query[..., :diagonal].masked_fill_(ahead[:, None, :diagonal], 1.0)
-    if block.starts is not None:
-        newest_key = plan.keys - block.newest - 1
-        keys_n = torch.arange(newest_key - block.masked_from, newest_key - block.num_keys, -1, device=left.device)
-        by_query[..., block.masked_from :].masked_fill_((keys_n < block.starts.unsqueeze(1))[:, None, :], 1.0)
-    torch.cumprod(left, -1, out=stick)
-    _differences(stick, weights)
+    return torch.ones(num_queries, num_queries, dtype=torch.bool, device=device).triu_(1).flip(1).unsqueeze(1)
 
 
-def _differences(stick: Tensor, out: Tensor) -> Tensor:
-    """a_r = c_{r-1} - c_r with c_{-1} = 1."""
-    torch.sub(stick[..., :-1], stick[..., 1:], out=out[..., 1:])
-    out[..., 0] = 1.0 - stick[..., 0]
-    return out
+def _mask(left: Tensor, block: _Block, plan: _Plan, ahead: Tensor, first: int) -> None:
+    """Set p = 1 where a key is invisible; column 0 of `left` is the block's key number `first`."""
+    num_queries, num_keys = block.last - block.first, left.shape[-1]
+    by_query = left.view(left.shape[0], num_queries, plan.chosen, num_keys)
+    if first < num_queries:
+        newest = ahead[..., first : first + num_keys]
+        by_query[..., : newest.shape[-1]].masked_fill_(newest, 1.0)
+    skipped = max(0, block.masked_from - first)
+    if block.starts is not None and skipped < num_keys:
+        newest_key = plan.num_keys - 1 - block.newest - first
+        keys = torch.arange(newest_key - skipped, newest_key - num_keys, -1, device=left.device)
+        by_query[..., skipped:].masked_fill_((keys < block.starts.unsqueeze(1)).unsqueeze(1), 1.0)
 
 
-def _views(buffers: list[Tensor], block: _Block, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (block.pair_end - block.pair, (block.last - block.first) * plan.chosen, block.num_keys)
+def _break_stick(left: Tensor, stick: Tensor, weights: Tensor, left_before: Tensor | None) -> None:
+    """From p fill the stick left c and the weights a_r = c_{r-1} - c_r; c_{-1} is 1 or what newer tiles left."""
+    if left_before is None:
+        torch.cumprod(left, -1, out=stick)
+        weights[..., 0] = 1.0 - stick[..., 0]
+    else:
+        left[..., 0] *= left_before
+        torch.cumprod(left, -1, out=stick)
+        weights[..., 0] = left_before - stick[..., 0]
+    torch.sub(stick[..., :-1], stick[..., 1:], out=weights[..., 1:])
+
+
+def _views(buffers: list[Tensor], queries: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (queries.shape[0], queries.shape[1], num_keys)
     size = shape[0] * shape[1] * shape[2]
     left, second, third = (buffer[:size].view(shape) for buffer in buffers)
     return left, second, third
-
-
-def _rows(block: _Block, plan: _Plan) -> slice:
-    return slice(block.first * plan.chosen, block.last * plan.chosen)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -231,4 +283,4 @@ def _unfold_queries(rows: Tensor, plan: _Plan) -> Tensor:
 
 
 def _unfold_keys(rows: Tensor, plan: _Plan) -> Tensor:
-    return rows.view(plan.batch, plan.heads, plan.keys, plan.width).transpose(1, 2).flip(1)
+    return rows.view(plan.batch, plan.heads, plan.num_keys, plan.width).transpose(1, 2).flip(1)
