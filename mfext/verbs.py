@@ -1,0 +1,204 @@
+"""The verbs and flags, as data: parsing, help and shell completion all read this table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["text", "list", "many", "whole", "number", "switch", "count", "group"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`--name VALUE`, a friendlier spelling of `key=VALUE`.
+
+    Kinds: `list` splits at commas, `many` may be given several times, `group` chooses an option of conf/, `switch` and
+    `count` take no value. `key` starts with "invocation." where the flag says how to run and not what to compute.
+    """
+
+    name: str
+    key: str
+    kind: Kind
+    help: str
+    metavar: str = ""
+    short: str = ""
+
+    @property
+    def takes_value(self) -> bool:
+        """True where a value must follow."""
+        return self.kind not in ("switch", "count")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb. `takes` is "recipe", or the name of a class in requests.py; `positional` the key of a bare argument."""
+
+    name: str
+    module: str
+    takes: str
+    summary: str
+    example: str
+    flags: tuple[Flag, ...]
+    positional: str = ""
+
+    def flag(self, name: str) -> Flag | None:
+        """The flag spelled `name`, long or short."""
+        return next((flag for flag in self.flags if name in (flag.name, flag.short)), None)
+
+
+_COMMON = (
+    Flag("--json", "invocation.json", "switch", "print one JSON object on stdout and nothing else there"),
+    Flag("--seed", "seed", "whole", "seed of everything random", "N"),
+    Flag("--device", "invocation.device", "text", "cpu, gpu or auto", "NAME"),
+    Flag("--threads", "invocation.threads", "whole", "CPU threads; results repeat bit for bit on the same number", "N"),
+    Flag("--quiet", "invocation.quiet", "switch", "no progress, only results and errors", short="-q"),
+    Flag("--verbose", "invocation.verbosity", "count", "say more; twice for still more", short="-v"),
+    Flag("--debug", "invocation.debug", "switch", "show tracebacks"),
+    Flag("--help", "help", "switch", "this text", short="-h"),
+)
+_RECIPE = (
+    Flag("--out", "out", "text", "folder to write the run to", "DIR"),
+    Flag("--recipe", "recipe", "text", "a name in recipes/ or a YAML file", "NAME"),
+    Flag("--resume", "invocation.resume", "text", "continue an interrupted run exactly", "RUN"),
+    Flag("--dry-run", "invocation.dry_run", "switch", "say what would be built and what it costs; write nothing"),
+    Flag("--multirun", "multirun", "switch", "run every combination of key=a,b", short="-m"),
+    *_COMMON,
+)
+_MODEL = Flag("--model", "model", "text", "model or run folder", "DIR")
+_TOKENIZER = Flag("--tokenizer", "tokenizer", "text", "bytes, a tokenizer.json or its folder", "PATH")
+
+VERBS = (
+    Verb(
+        "pretrain",
+        "mfext.commands.pretrain",
+        "recipe",
+        "a base model from random weights, on one domain or a mix",
+        "mfext pretrain --domain prose,code --out my_base",
+        (Flag("--domain", "domain", "text", "a domain, or several joined by commas", "A,B"), _TOKENIZER, *_RECIPE),
+    ),
+    Verb(
+        "grow",
+        "mfext.commands.grow",
+        "recipe",
+        "add experts for a new domain, train only those, measure what was forgotten",
+        "mfext grow --domain code",
+        (
+            Flag("--domain", "domain", "text", "what to learn: a name, a folder, or hf:owner/name", "D"),
+            Flag("--base", "base", "text", "model or run folder to grow; built and kept when absent", "DIR"),
+            Flag("--method", "method", "group", "grow, or full for full fine-tuning", "NAME"),
+            _TOKENIZER,
+            *_RECIPE,
+        ),
+    ),
+    Verb(
+        "eval",
+        "mfext.commands.evaluate",
+        "EvalRequest",
+        "losses and expert usage of a model on domains",
+        "mfext eval --model my_run --domain prose,code",
+        (
+            _MODEL,
+            Flag("--domain", "domains", "list", "domains joined by commas", "A,B"),
+            Flag("--split", "evaluation.split", "text", "validation, or test for final numbers", "NAME"),
+            Flag("--max-bytes", "evaluation.max_bytes", "whole", "cap of each domain", "N"),
+            _TOKENIZER,
+            *_COMMON,
+        ),
+    ),
+    Verb(
+        "inspect",
+        "mfext.commands.inspect",
+        "InspectRequest",
+        "layers, generations, lineage and sizes of a model",
+        "mfext inspect --model my_run",
+        (_MODEL, *_COMMON),
+    ),
+    Verb(
+        "generate",
+        "mfext.commands.generate",
+        "GenerateRequest",
+        "text from a model, with cached decoding",
+        "mfext generate --model my_run --prompt 'def main(' --temperature 0",
+        (
+            _MODEL,
+            Flag("--prompt", "prompts", "many", "text to continue; give it again for a batch", "TEXT"),
+            Flag("--max-new-tokens", "max_new_tokens", "whole", "how far to write", "N"),
+            Flag("--temperature", "temperature", "number", "0 is greedy", "X"),
+            Flag("--top-k", "top_k", "whole", "only the K likeliest tokens", "K"),
+            Flag("--top-p", "top_p", "number", "only the likeliest tokens that make up P", "P"),
+            Flag("--stop", "stop", "many", "stop after this text; give it again for several", "TEXT"),
+            _TOKENIZER,
+            *_COMMON,
+        ),
+    ),
+    Verb(
+        "report",
+        "mfext.commands.report",
+        "ReportRequest",
+        "rebuild a run's reports from its raw ledger",
+        "mfext report my_run",
+        _COMMON,
+        positional="run",
+    ),
+    Verb(
+        "doctor",
+        "mfext.commands.doctor",
+        "DoctorRequest",
+        "versions, devices, kernel self-check, what is missing: for a bug report",
+        "mfext doctor",
+        _COMMON,
+    ),
+    Verb(
+        "completion",
+        "",
+        "",
+        "shell completion for bash, zsh or fish",
+        'eval "$(mfext completion bash)"',
+        (Flag("--help", "help", "switch", "this text", short="-h"),),
+        positional="shell",
+    ),
+)
+
+
+def find_verb(name: str) -> Verb | None:
+    """The verb called `name`."""
+    return next((verb for verb in VERBS if verb.name == name), None)
+
+
+def help_text() -> str:
+    """What `mfext --help` prints."""
+    width = max(len(verb.name) for verb in VERBS)
+    lines = [
+        "usage: mfext VERB [--flag value ...] [key=value ...] [-m]",
+        "",
+        "Grow a ModuleFormer with new experts so that it learns a new domain without forgetting the old ones.",
+        "",
+        *(f"  {verb.name:<{width}}  {verb.summary}" for verb in VERBS),
+        "",
+        "Start with:  mfext grow --domain code",
+        "More:        mfext VERB --help, mfext --version",
+    ]
+    return "\n".join(lines)
+
+
+def verb_help(verb: Verb) -> str:
+    """What `mfext VERB --help` prints."""
+    spelled = [
+        (", ".join(filter(None, (flag.short, flag.name))) + (f" {flag.metavar}" if flag.metavar else ""), flag.help)
+        for flag in verb.flags
+    ]
+    width = max(len(left) for left, _ in spelled)
+    argument = f" {verb.positional.upper()}" if verb.positional else ""
+    keys = " [key=value ...]" if verb.takes else ""
+    lines = [
+        f"usage: mfext {verb.name}{argument} [--flag value ...]{keys}",
+        "",
+        f"  {verb.summary}",
+        "",
+        f"example: {verb.example}",
+        "",
+        *(f"  {left:<{width}}  {right}" for left, right in spelled),
+    ]
+    if verb.takes == "recipe":
+        lines += ["", "Every key of the recipe can be set, such as training.tokens=2_000_000 or growth=compete."]
+    return "\n".join(lines)
