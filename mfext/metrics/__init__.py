@@ -1,0 +1,1 @@
+"""Measuring: raw sums first, every forgetting number a pure function of them."""
