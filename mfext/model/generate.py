@@ -44,7 +44,14 @@ class Decoder(Protocol):
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache: ...
 
-    def __call__(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, document_starts: Tensor | None = None, cache: Cache | None = None) -> Logits: ...
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Logits: ...
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or a positive number",
+        )
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive count")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
-        _require(all(len(sequence) > 0 for sequence in self.stop), "stop", self.stop, "token sequences of at least one token")
+        _require(
+            all(len(sequence) > 0 for sequence in self.stop), "stop", self.stop, "token sequences of at least one token"
+        )
         _require(all(self.stop_strings), "stop_strings", self.stop_strings, "texts of at least one character")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
 
@@ -98,7 +112,12 @@ class Generation:
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompts of different lengths as (input_ids, attention_mask), both (B, T) long, padded at the left."""
     lengths = [len(prompt) for prompt in prompts]
-    _require(bool(lengths) and min(lengths) > 0, "prompts", lengths, "one or more prompts of at least one token each (start from bos)")
+    _require(
+        bool(lengths) and min(lengths) > 0,
+        "prompts",
+        lengths,
+        "one or more prompts of at least one token each (start from bos)",
+    )
     longest = max(lengths)
     ids_BT = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask_BT = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
@@ -106,15 +125,24 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 
 def generate(
-    model: Decoder, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, sampling: Sampling, decode: Decode | None = None
+    model: Decoder,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None,
+    sampling: Sampling,
+    decode: Decode | None = None,
 ) -> Generation:
     """Continue every prompt; prompts of different lengths are padded at either side.
 
     `attention_mask_BT` marks tokens with 1 and padding with 0, None means no padding. Each
-    row's random numbers depend on the seed and the row's index alone. Dropping to the device
-    of the model is this function's business. Raises ValueError for a mask with holes or an empty prompt.
+    row's random numbers depend on the seed and the row's index alone. Tensors are moved to the
+    model's device. Raises ValueError for a mask with holes or an empty prompt.
     """
-    _require(not sampling.stop_strings or decode is not None, "stop_strings", sampling.stop_strings, "given together with decode")
+    _require(
+        not sampling.stop_strings or decode is not None,
+        "stop_strings",
+        sampling.stop_strings,
+        "given together with decode",
+    )
     ids_BT, mask_BT = _left_padded(input_ids_BT.to(model.device), attention_mask_BT)
     batch, length = ids_BT.shape
     with torch.no_grad():
@@ -173,7 +201,10 @@ def uniform(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, chance_B: Tensor) -> Tensor:
-    """Next tokens (B): the largest logit at temperature 0, else drawn by `chance_B` in [0, 1) from what the cut-offs leave."""
+    """Next tokens (B): the largest logit at temperature 0, else drawn from what the cut-offs leave.
+
+    `chance_B` holds one number in [0, 1) per row; equal numbers draw equal tokens.
+    """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     probs_BK, tokens_BK = candidates(logits_BV, sampling)
@@ -257,15 +288,30 @@ def _prefill(model: Decoder, ids_BT: Tensor, mask_BT: Tensor | None, cache: Cach
 
 def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The same prompts with all padding at the left; no mask where there is none."""
-    _require(ids_BT.ndim == 2 and ids_BT.numel() > 0, "input_ids", tuple(ids_BT.shape), "(B, T) with at least one token per row")
+    _require(
+        ids_BT.ndim == 2 and ids_BT.numel() > 0,
+        "input_ids",
+        tuple(ids_BT.shape),
+        "(B, T) with at least one token per row",
+    )
     if mask_BT is None or bool(mask_BT.all()):
         return ids_BT, None
     real_BT = mask_BT.to(device=ids_BT.device, dtype=torch.bool)
-    _require(real_BT.shape == ids_BT.shape, "attention_mask", tuple(mask_BT.shape), f"of the shape of input_ids {tuple(ids_BT.shape)}")
+    _require(
+        real_BT.shape == ids_BT.shape,
+        "attention_mask",
+        tuple(mask_BT.shape),
+        f"of the shape of input_ids {tuple(ids_BT.shape)}",
+    )
     _require(bool(real_BT.any(1).all()), "attention_mask", "a row of zeros", "one token or more per row")
     real_BT = real_BT.long()
     runs_B = (real_BT.diff(dim=1) == 1).sum(1) + real_BT[:, 0]
-    _require(bool((runs_B == 1).all()), "attention_mask", "tokens with padding between them", "one run of ones per row, padding at its left or right")
+    _require(
+        bool((runs_B == 1).all()),
+        "attention_mask",
+        "tokens with padding between them",
+        "one run of ones per row, padding at its left or right",
+    )
     # A stable sort by the mask moves a row's padding to its left and keeps its tokens' order.
     order_BT = real_BT.argsort(dim=1, stable=True)
     return ids_BT.gather(1, order_BT), real_BT.gather(1, order_BT)

@@ -15,6 +15,8 @@ from mfext.config import RoutingLoss
 from mfext.model.router import Routing
 
 IGNORED = -100
+# The published code's guard against log 0: it adds E * 1e-8 nats to a router's loss and keeps its gradient finite.
+ENTROPY_EPS = 1e-8
 
 
 def language_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -27,7 +29,10 @@ def language_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 def routing_loss(routings: Iterable[Routing], valid_N: Tensor | None, kind: RoutingLoss) -> Tensor:
     """Sum over routers of the balance loss in nats (scalar). `valid_N`: True where a token counts."""
-    losses = [_mutual_information(*_weigh(routing, valid_N)) if kind == "mi" else _switch(routing, valid_N) for routing in routings]
+    losses = [
+        _mutual_information(*_weigh(routing, valid_N)) if kind == "mi" else _switch(routing, valid_N)
+        for routing in routings
+    ]
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
@@ -44,7 +49,7 @@ def concentration_loss(routings: Iterable[Routing], valid_N: Tensor | None) -> T
 
 
 def _entropy(probs: Tensor) -> Tensor:
-    return -torch.xlogy(probs, probs).sum(-1)
+    return -(probs * (probs + ENTROPY_EPS).log()).sum(-1)
 
 
 def _weigh(routing: Routing, valid_N: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -67,8 +72,10 @@ def _mutual_information(log_probs_ME: Tensor, weight_M: Tensor) -> Tensor:
 def _switch(routing: Routing, valid_N: Tensor | None) -> Tensor:
     log_probs_ME, weight_M = _weigh(routing, valid_N)
     probability_E = (log_probs_ME.exp() * weight_M[:, None]).sum(0)
-    chosen_E = torch.zeros_like(probability_E)
-    chosen_E.index_add_(0, routing.experts_MK.flatten(), weight_M[:, None].expand_as(routing.experts_MK).flatten())
+    # Counts are float32 whatever the model's dtype, as published: exact to 2**24 tokens, which bfloat16 is not to 2**8.
+    chosen_E = torch.zeros_like(probability_E, dtype=torch.float32)
+    counts_M = (weight_M > 0).float()
+    chosen_E.index_add_(0, routing.experts_MK.flatten(), counts_M[:, None].expand_as(routing.experts_MK).flatten())
     share = (F.normalize(probability_E, p=1, dim=0) * F.normalize(chosen_E, p=1, dim=0)).sum()
     z = (torch.logsumexp(routing.logits_ME, dim=-1) ** 2 * weight_M).sum()
     return routing.num_experts * share + 0.1 * z
