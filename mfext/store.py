@@ -1,0 +1,48 @@
+"""Where everything written goes: run and model folders, locked, atomic, hashed, pickle-free.
+
+One door to the store_*.py files: files (atomic writes, locks), json (sealed JSON, ledger lines),
+folders (the commit protocol, manifests), tensors (safetensors, hashes), models, runs.
+"""
+
+from __future__ import annotations
+
+from mfext.store_files import require_free_space, write_file_atomically
+from mfext.store_folders import FileEntry, Manifest, commit_folder, read_manifest, verify_folder
+from mfext.store_json import append_line, append_lines, dump_json, read_json, read_json_object, read_lines
+from mfext.store_models import MODEL_TYPE, ModelFolder, config_hash, load_model_folder, model_config_json, save_model
+from mfext.store_runs import LEDGER_KEY, Progress, Run, Stage, find_model_folder, is_run_folder
+from mfext.store_tensors import is_finite, load_tensors, model_hash, save_tensors, tensor_hashes, tensors_size_bytes
+
+__all__ = [
+    "LEDGER_KEY",
+    "MODEL_TYPE",
+    "FileEntry",
+    "Manifest",
+    "ModelFolder",
+    "Progress",
+    "Run",
+    "Stage",
+    "append_line",
+    "append_lines",
+    "commit_folder",
+    "config_hash",
+    "dump_json",
+    "find_model_folder",
+    "is_finite",
+    "is_run_folder",
+    "load_model_folder",
+    "load_tensors",
+    "model_config_json",
+    "model_hash",
+    "read_json",
+    "read_json_object",
+    "read_lines",
+    "read_manifest",
+    "require_free_space",
+    "save_model",
+    "save_tensors",
+    "tensor_hashes",
+    "tensors_size_bytes",
+    "verify_folder",
+    "write_file_atomically",
+]
