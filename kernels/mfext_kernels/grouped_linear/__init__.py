@@ -27,7 +27,7 @@ def gather_linear(
     """Each token's row times the matrices (E_g, D, F) of its chosen experts -> rows_RF sorted by expert."""
     _check(weights, dispatch, x_ND.shape[-1])
     _check_rows("x_ND", x_ND, dispatch.num_tokens)
-    x_ND, *weights = _autocast(x_ND, *weights)
+    x_ND, *weights = _one_dtype(x_ND, *weights)
     rows_RF: Tensor = _implementation(backend).gather_linear(x_ND, weights, dispatch)
     return rows_RF
 
@@ -39,7 +39,7 @@ def scatter_linear(
     _check(weights, dispatch, rows_RF.shape[-1])
     _check_rows("rows_RF", rows_RF, dispatch.num_tokens * dispatch.num_chosen)
     _check_gates(gates_NK, dispatch)
-    rows_RF, gates_NK, *weights = _autocast(rows_RF, gates_NK, *weights)
+    rows_RF, gates_NK, *weights = _one_dtype(rows_RF, gates_NK, *weights)
     y_ND: Tensor = _implementation(backend).scatter_linear(rows_RF, weights, gates_NK, dispatch)
     return y_ND
 
@@ -55,9 +55,11 @@ def expert_feedforward(
     """The whole expert layer, sum_k gate * gelu_tanh(x U_e) V_e: U (E_g, D, F), V (E_g, F, D) -> y_ND."""
     _check(up, dispatch, x_ND.shape[-1])
     _check(down, dispatch, up[0].shape[-1])
+    if [weight.shape[0] for weight in up] != [weight.shape[0] for weight in down]:
+        raise ValueError(f"up, down: must be cut into the same stacks, not {len(up)} and {len(down)}")
     _check_rows("x_ND", x_ND, dispatch.num_tokens)
     _check_gates(gates_NK, dispatch)
-    x_ND, gates_NK, *stacks = _autocast(x_ND, gates_NK, *up, *down)
+    x_ND, gates_NK, *stacks = _one_dtype(x_ND, gates_NK, *up, *down)
     y_ND: Tensor = _implementation(backend).expert_feedforward(
         x_ND, stacks[: len(up)], stacks[len(up) :], gates_NK, dispatch
     )
@@ -87,11 +89,10 @@ def _implementation(backend: Backend | None) -> ModuleType:
     return reference if backend == "reference" else cpu
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Everything in one dtype: autocast's where it is on, else the first tensor's (gates often come in fp32)."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensors[0].dtype
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

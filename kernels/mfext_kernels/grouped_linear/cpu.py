@@ -7,6 +7,7 @@ Each Function asks `needs_input_grad` per stack, so a frozen stack costs neither
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,20 +69,29 @@ class _GatherLinear(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, dispatch: Dispatch, *weights: Tensor) -> Tensor:
         ctx.dispatch = dispatch
         ctx.save_for_backward(x_ND, *weights)
-        return _multiply(x_ND.index_select(0, dispatch.tokens_R), weights, dispatch)
+        rows_RF = x_ND.new_empty(dispatch.order_R.numel(), weights[0].shape[2])
+        with torch.autocast(x_ND.device.type, enabled=False):
+            for stack, expert, first, last in _experts(weights, dispatch.sizes):
+                x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+                torch.mm(x, weights[stack][expert], out=rows_RF[first:last])
+        return rows_RF
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
         dispatch: Dispatch = ctx.dispatch
         x_ND, *weights = ctx.saved_tensors
+        grads = _empty_grads(weights, ctx.needs_input_grad[2:], dispatch)
+        grad_x = x_ND.new_empty(grad_RF.shape[0], x_ND.shape[1]) if ctx.needs_input_grad[0] else None
         grad_RF = grad_RF.contiguous()
-        grads = _weight_grads(
-            lambda: x_ND.index_select(0, dispatch.tokens_R), grad_RF, weights, ctx.needs_input_grad[2:], dispatch
-        )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _sum_chosen(_multiply(grad_RF, weights, dispatch, transposed=True), None, dispatch)
-        return grad_x, None, *grads
+        with torch.autocast(x_ND.device.type, enabled=False):
+            for stack, expert, first, last in _experts(weights, dispatch.sizes):
+                grad_weight = grads[stack]
+                if grad_weight is not None:
+                    x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+                    torch.mm(x.t(), grad_RF[first:last], out=grad_weight[expert])
+                if grad_x is not None:
+                    torch.mm(grad_RF[first:last], weights[stack][expert].t(), out=grad_x[first:last])
+        return _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None, None, *grads
 
 
 class _ScatterLinear(torch.autograd.Function):
@@ -89,56 +99,109 @@ class _ScatterLinear(torch.autograd.Function):
     def forward(ctx: Any, rows_RF: Tensor, gates_NK: Tensor, dispatch: Dispatch, *weights: Tensor) -> Tensor:
         ctx.dispatch = dispatch
         ctx.save_for_backward(rows_RF, gates_NK, *weights)
-        return _sum_chosen(_multiply(rows_RF, weights, dispatch), gates_NK, dispatch)
+        y_RD = rows_RF.new_empty(rows_RF.shape[0], weights[0].shape[2])
+        with torch.autocast(rows_RF.device.type, enabled=False):
+            for stack, expert, first, last in _experts(weights, dispatch.sizes):
+                torch.mm(rows_RF[first:last], weights[stack][expert], out=y_RD[first:last])
+        return _sum_chosen(y_RD, gates_NK, dispatch)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         dispatch: Dispatch = ctx.dispatch
         rows_RF, gates_NK, *weights = ctx.saved_tensors
-        grad_RD = grad_ND.index_select(0, dispatch.tokens_R)
+        need_rows, need_gates, _, *needed = ctx.needs_input_grad
+        grads = _empty_grads(weights, needed, dispatch)
         gates_R1 = _sorted_gates(gates_NK, dispatch)
-        grads = _weight_grads(lambda: rows_RF * gates_R1, grad_RD, weights, ctx.needs_input_grad[3:], dispatch)
-        grad_rows = grad_gates = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            grad_rows = _multiply(grad_RD, weights, dispatch, transposed=True)
-            if ctx.needs_input_grad[1]:
-                grad_gates = _gate_grads(rows_RF, grad_rows, gates_NK, dispatch)
-            grad_rows = grad_rows.mul_(gates_R1) if ctx.needs_input_grad[0] else None
-        return grad_rows, grad_gates, None, *grads
+        gate_grads_R = torch.empty_like(gates_R1[:, 0])
+        grad_rows = torch.empty_like(rows_RF, memory_format=torch.contiguous_format)
+        with torch.autocast(rows_RF.device.type, enabled=False):
+            for stack, expert, first, last in _experts(weights, dispatch.sizes):
+                grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:last]), gates_R1[first:last]
+                rows, grad_weight = rows_RF[first:last], grads[stack]
+                if need_rows or need_gates:
+                    ungated = torch.mm(grad, weights[stack][expert].t(), out=grad_rows[first:last])
+                    torch.linalg.vecdot(rows, ungated, out=gate_grads_R[first:last])
+                    ungated.mul_(gates)
+                if grad_weight is not None:
+                    torch.mm((rows * gates).t(), grad, out=grad_weight[expert])
+        grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if need_gates else None
+        return grad_rows if need_rows else None, grad_gates, None, *grads
 
 
 class _ExpertFeedforward(torch.autograd.Function):
-    """Saves x and the hidden rows before the activation; recomputes the activation, never stores y per row."""
+    """One expert at a time from gather to product, so an expert's rows stay in cache and no row of x is ever stored.
+
+    Saves x and the hidden rows before the activation, and recomputes the activation.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, gates_NK: Tensor, dispatch: Dispatch, num_stacks: int, *weights: Tensor
     ) -> Tensor:
+        up, down = weights[:num_stacks], weights[num_stacks:]
         ctx.dispatch, ctx.num_stacks = dispatch, num_stacks
-        hidden_RF = _multiply(x_ND.index_select(0, dispatch.tokens_R), weights[:num_stacks], dispatch)
+        num_rows = dispatch.num_tokens * dispatch.num_chosen
+        hidden_RF = x_ND.new_empty(num_rows, up[0].shape[2])
+        y_RD = x_ND.new_empty(num_rows, down[0].shape[2])
+        with torch.autocast(x_ND.device.type, enabled=False):
+            for stack, expert, first, last in _experts(up, dispatch.sizes):
+                x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+                hidden = torch.mm(x, up[stack][expert], out=hidden_RF[first:last])
+                torch.mm(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
         ctx.save_for_backward(x_ND, gates_NK, hidden_RF, *weights)
-        active_RF = F.gelu(hidden_RF, approximate="tanh")
-        return _sum_chosen(_multiply(active_RF, weights[num_stacks:], dispatch), gates_NK, dispatch)
+        return _sum_chosen(y_RD, gates_NK, dispatch)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         dispatch: Dispatch = ctx.dispatch
         x_ND, gates_NK, hidden_RF, *weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad
         up, down = weights[: ctx.num_stacks], weights[ctx.num_stacks :]
-        need_x, need_gates, _, _, *need_weights = ctx.needs_input_grad
-        need_up, need_down = need_weights[: ctx.num_stacks], need_weights[ctx.num_stacks :]
-        grad_RD = grad_ND.index_select(0, dispatch.tokens_R)
+        grads_up = _empty_grads(up, needed[4 : 4 + len(up)], dispatch)
+        grads_down = _empty_grads(down, needed[4 + len(up) :], dispatch)
+        through = needed[0] or any(grad is not None for grad in grads_up)
+        grad_x = x_ND.new_empty(hidden_RF.shape[0], x_ND.shape[1]) if needed[0] else None
         gates_R1 = _sorted_gates(gates_NK, dispatch)
-        active_RF = F.gelu(hidden_RF, approximate="tanh")
-        grad_active = _multiply(grad_RD, down, dispatch, transposed=True)
-        grad_gates = _gate_grads(active_RF, grad_active, gates_NK, dispatch) if need_gates else None
-        grads_down = _weight_grads(lambda: active_RF.mul_(gates_R1), grad_RD, down, need_down, dispatch)
-        if not (need_x or any(need_up)):
-            return None, grad_gates, None, None, *[None] * len(up), *grads_down
-        grad_hidden = torch.ops.aten.gelu_backward(grad_active.mul_(gates_R1), hidden_RF, approximate="tanh")
-        grads_up = _weight_grads(lambda: x_ND.index_select(0, dispatch.tokens_R), grad_hidden, up, need_up, dispatch)
-        grad_x = _sum_chosen(_multiply(grad_hidden, up, dispatch, transposed=True), None, dispatch) if need_x else None
-        return grad_x, grad_gates, None, None, *grads_up, *grads_down
+        gate_grads_R = torch.empty_like(gates_R1[:, 0])
+        with torch.autocast(x_ND.device.type, enabled=False):
+            for stack, expert, first, last in _experts(up, dispatch.sizes):
+                tokens, gates = dispatch.tokens_R[first:last], gates_R1[first:last]
+                grad = grad_ND.index_select(0, tokens)
+                grad_active = torch.mm(grad, down[stack][expert].t())
+                active, slope = gelu_with_slope(hidden_RF[first:last], slope=through)
+                torch.linalg.vecdot(active, grad_active, out=gate_grads_R[first:last])
+                grad_down, grad_up = grads_down[stack], grads_up[stack]
+                if grad_down is not None:
+                    torch.mm(active.mul_(gates).t(), grad, out=grad_down[expert])
+                if slope is None:
+                    continue
+                grad_hidden = grad_active.mul_(gates).mul_(slope)
+                if grad_up is not None:
+                    torch.mm(x_ND.index_select(0, tokens).t(), grad_hidden, out=grad_up[expert])
+                if grad_x is not None:
+                    torch.mm(grad_hidden, up[stack][expert].t(), out=grad_x[first:last])
+        grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if needed[1] else None
+        grad_x_ND = _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None
+        return grad_x_ND, grad_gates, None, None, *grads_up, *grads_down
+
+
+def gelu_with_slope(hidden: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """tanh-gelu x * sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3), and where asked its derivative.
+
+    The same function as torch's tanh form; through sigmoid, which is vectorised, it costs 1.2 ns an element in place
+    of 3 (and 2.2 in place of 5 with the derivative), single thread, 2026-11. bf16 is computed in fp32.
+    """
+    x = hidden.float() if hidden.dtype == torch.bfloat16 else hidden
+    square = x * x
+    z = torch.addcmul(x, square, x, value=0.044715)
+    gate = z.mul_(2 * (2 / math.pi) ** 0.5).sigmoid_()
+    active = x * gate
+    if not slope:
+        return active.to(hidden.dtype), None
+    z_slope = square.mul_(6 * 0.044715 * (2 / math.pi) ** 0.5).add_(2 * (2 / math.pi) ** 0.5)
+    change = z_slope.mul_(active)
+    slopes = change.addcmul_(change, gate, value=-1).add_(gate)
+    return active.to(hidden.dtype), slopes.to(hidden.dtype)
 
 
 def _experts(weights: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -152,47 +215,22 @@ def _experts(weights: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[tuple[
             number += 1
 
 
-def _multiply(rows: Tensor, weights: Sequence[Tensor], dispatch: Dispatch, transposed: bool = False) -> Tensor:
-    out = rows.new_empty(rows.shape[0], weights[0].shape[1 if transposed else 2])
-    with torch.autocast(rows.device.type, enabled=False):
-        for stack, expert, first, last in _experts(weights, dispatch.sizes):
-            matrix = weights[stack][expert]
-            torch.mm(rows[first:last], matrix.t() if transposed else matrix, out=out[first:last])
-    return out
-
-
-def _weight_grads(
-    make_rows: Any, grad_rows: Tensor, weights: Sequence[Tensor], needed: Sequence[bool], dispatch: Dispatch
-) -> list[Tensor | None]:
-    """Per stack, rows^T @ grad_rows of each expert; None for a stack that needs none (and no work if none does)."""
-    if not any(needed):
-        return [None] * len(weights)
-    rows = make_rows()
-    grads = [
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need else None
-        for weight, need in zip(weights, needed, strict=True)
-    ]
-    number = first = 0
-    with torch.autocast(rows.device.type, enabled=False):
-        for weight, grad in zip(weights, grads, strict=True):
-            for expert in range(weight.shape[0]):
-                last = first + dispatch.sizes[number]
-                if grad is not None and last > first:
-                    torch.mm(rows[first:last].t(), grad_rows[first:last], out=grad[expert])
-                elif grad is not None:
-                    grad[expert].zero_()
-                first, number = last, number + 1
+def _empty_grads(weights: Sequence[Tensor], needed: Sequence[bool], dispatch: Dispatch) -> list[Tensor | None]:
+    """Room for each needed stack's gradient: zeros where an expert has no rows, else to be written."""
+    grads: list[Tensor | None] = []
+    number = 0
+    for weight, need in zip(weights, needed, strict=True):
+        grad = torch.empty_like(weight, memory_format=torch.contiguous_format) if need else None
+        for expert, size in enumerate(dispatch.sizes[number : number + weight.shape[0]]):
+            if grad is not None and not size:
+                grad[expert].zero_()
+        grads.append(grad)
+        number += weight.shape[0]
     return grads
 
 
 def _sorted_gates(gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
     return gates_NK.reshape(-1).index_select(0, dispatch.order_R).unsqueeze(1)
-
-
-def _gate_grads(rows_RF: Tensor, grad_rows: Tensor, gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    """d gate = <row, gradient of the ungated row>, per (n, k)."""
-    products_R: Tensor = torch.linalg.vecdot(rows_RF, grad_rows)
-    return products_R.index_select(0, dispatch.inverse_R).view_as(gates_NK)
 
 
 def _sum_chosen(rows: Tensor, gates_NK: Tensor | None, dispatch: Dispatch) -> Tensor:
