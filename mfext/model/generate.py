@@ -294,7 +294,7 @@ def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor
         tuple(ids_BT.shape),
         "(B, T) with at least one token per row",
     )
-    if mask_BT is None or bool(mask_BT.all()):
+    if mask_BT is None:
         return ids_BT, None
     real_BT = mask_BT.to(device=ids_BT.device, dtype=torch.bool)
     _require(
@@ -303,6 +303,8 @@ def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor
         tuple(mask_BT.shape),
         f"of the shape of input_ids {tuple(ids_BT.shape)}",
     )
+    if bool(real_BT.all()):
+        return ids_BT, None
     _require(bool(real_BT.any(1).all()), "attention_mask", "a row of zeros", "one token or more per row")
     real_BT = real_BT.long()
     runs_B = (real_BT.diff(dim=1) == 1).sum(1) + real_BT[:, 0]
