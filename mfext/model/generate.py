@@ -103,8 +103,8 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Continuations of a batch, one per prompt, in the prompts' order."""
+class Continuations:
+    """What was generated for a batch: one row per prompt, in the prompts' order."""
 
     rows: tuple[Continuation, ...]
 
@@ -130,7 +130,7 @@ def generate(
     attention_mask_BT: Tensor | None,
     sampling: Sampling,
     decode: Decode | None = None,
-) -> Generation:
+) -> Continuations:
     """Continue every prompt; prompts of different lengths are padded at either side.
 
     `attention_mask_BT` marks tokens with 1 and padding with 0, None means no padding. Each
@@ -159,7 +159,7 @@ def generate(
             live_B = torch.tensor([row.finish is None for row in rows], device=chosen_B.device)
             fed_B = torch.where(live_B, chosen_B, model.config.pad_id)
             logits_BV = model(fed_B[:, None], cache=cache).logits[:, -1]
-    return Generation(tuple(row.finished() for row in rows))
+    return Continuations(tuple(row.finished() for row in rows))
 
 
 def sample_documents(model: Decoder, num: int, length: int, seed: int, batch: int = 64) -> Tensor:
@@ -168,11 +168,13 @@ def sample_documents(model: Decoder, num: int, length: int, seed: int, batch: in
     Sampled at temperature 1 from bos. A document that ends is followed by a new one, which sees
     nothing of the old: eos counts as the bos of the next. Padding is never drawn.
     """
-    for key, value in (("num", num), ("length", length), ("batch", batch)):
-        _require(value >= 1, key, value, "at least 1")
+    _require(num >= 0, "num", num, "at least 0")
+    _require(length >= 1, "length", length, "at least 1")
+    _require(batch >= 1, "batch", batch, "at least 1")
     chance = uniform(num, length, seed)
+    parts = [torch.empty(0, length, dtype=torch.long)]
     with torch.no_grad():
-        parts = [_sample_batch(model, chance[first : first + batch]) for first in range(0, num, batch)]
+        parts += [_sample_batch(model, chance[first : first + batch]) for first in range(0, num, batch)]
     return torch.cat(parts)
 
 
@@ -197,7 +199,7 @@ def _sample_batch(model: Decoder, chance_BT: Tensor) -> Tensor:
 def uniform(rows: int, columns: int, seed: int) -> Tensor:
     """Numbers in [0, 1), (rows, columns) float64 on the CPU; row r is the same for any number of rows."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.rand(columns, generator=generator, dtype=torch.float64) for _ in range(rows)])
+    return torch.rand(rows, columns, generator=generator, dtype=torch.float64)
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, chance_B: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def uncached_greedy(model: ModuleFormer, prompt: list[int], count: int) -> tuple
 def test_prompts_of_different_lengths_decode_as_they_would_alone(model: ModuleFormer) -> None:
     prompts = [[20, 1, 2, 3, 4, 5, 6], [20], [20, 9, 8]]
     ids, mask = pad_left(prompts, SMALL.pad_id)
-    rows = generate(model, ids, mask, Sampling(max_new_tokens=15, stop_at_eos=False)).rows
+    rows = model.generate(ids, mask, Sampling(max_new_tokens=15, stop_at_eos=False)).rows
     assert [row.tokens for row in rows] == [uncached_greedy(model, prompt, 15) for prompt in prompts]
 
 
@@ -212,15 +212,15 @@ def test_prompts_that_cannot_be_continued_are_refused() -> None:
 
 
 def test_sampled_documents_do_not_see_the_document_before(model: ModuleFormer) -> None:
-    rows = sample_documents(model, num=6, length=60, seed=5, batch=4)
-    assert rows.shape == (6, 60)
+    rows = sample_documents(model, num=4, length=48, seed=5, batch=3)
+    assert rows.shape == (4, 48)
     assert rows.dtype == torch.long
     assert (rows[:, 0] == SMALL.bos_id).all()
     assert (rows != SMALL.pad_id).all()
     assert (rows[:, 1:] == SMALL.bos_id).any(), "the seed shows no document end"
-    chance = uniform(6, 60, seed=5)
+    chance = uniform(4, 48, seed=5)
     for row, tokens in enumerate(rows.tolist()):
-        for position in range(1, 60):
+        for position in range(1, 48):
             begin = max(index for index in range(position) if tokens[index] == SMALL.bos_id)
             with torch.no_grad():
                 logits = model(torch.tensor([tokens[begin:position]])).logits[:, -1]
@@ -233,6 +233,19 @@ def test_sampled_documents_do_not_depend_on_the_batch_and_train_without_complain
     assert torch.equal(rows, sample_documents(model, num=5, length=20, seed=1, batch=2))
     assert not torch.equal(rows, sample_documents(model, num=5, length=20, seed=2, batch=5))
     model(rows).logits.sum().backward()
+
+
+def test_no_documents_are_an_empty_sample(model: ModuleFormer) -> None:
+    assert sample_documents(model, num=0, length=7, seed=0).shape == (0, 7)
+    with pytest.raises(ValueError, match="length=0: must be"):
+        sample_documents(model, num=1, length=0, seed=0)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 16, 65])
+def test_random_numbers_of_a_row_are_the_same_for_any_number_of_rows(columns: int) -> None:
+    many = uniform(40, columns, seed=9)
+    assert all(torch.equal(uniform(rows, columns, seed=9), many[:rows]) for rows in (0, 1, 2, 7, 33))
+    assert ((many >= 0) & (many < 1)).all()
 
 
 def test_eos_becomes_the_bos_of_the_next_sampled_document() -> None:
