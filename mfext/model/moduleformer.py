@@ -20,6 +20,7 @@ from mfext.model.attention import ExpertAttention
 from mfext.model.cache import Cache
 from mfext.model.feedforward import ExpertFeedForward
 from mfext.model.forward_pass import Pass
+from mfext.model.generate import Continuations, Decode, Sampling, generate
 from mfext.model.generation import Generation, NormChange, OpenTokens
 from mfext.model.initialisation import initialise
 from mfext.model.positions import Positions
@@ -129,8 +130,14 @@ class ModuleFormer(nn.Module):
         cached_starts_B = None if cache is None else cache.starts_B
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
         gates = self._open_gates(input_ids, positions, cache)
-        opened = tuple(each for each in (OpenTokens.of(number, self.generation(number), gate_BT) for number, gate_BT in gates.items()) if each)
-        competing = tuple(self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.mode == "compete")
+        opened = tuple(
+            each
+            for each in (OpenTokens.of(number, self.generation(number), gate_BT) for number, gate_BT in gates.items())
+            if each
+        )
+        competing = tuple(
+            self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.mode == "compete"
+        )
         shared = Pass(positions, opened, competing, cache, return_attentions)
         x_BTD = self._embed(input_ids, opened)
         routings: list[Routing] = []
@@ -155,6 +162,20 @@ class ModuleFormer(nn.Module):
             tuple(hidden) if return_hidden else (),
             tuple(attentions) if return_attentions else (),
         )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        sampling: Sampling | None = None,
+        decode: Decode | None = None,
+    ) -> Continuations:
+        """Continue every prompt of `input_ids` (B, T) with a cache; None samples as `Sampling()` does: greedily.
+
+        `attention_mask` (B, T): 0 marks padding at either side of shorter prompts. `decode` turns token ids into
+        text, for the rows' `text` and for stop strings. Raises ValueError for what cannot be continued.
+        """
+        return generate(self, input_ids, attention_mask, sampling or Sampling(), decode)
 
     def _open_gates(self, input_ids: Tensor, positions: Positions, cache: Cache | None) -> dict[int, Tensor]:
         """g (B, T) of every gated generation by number, computed once for the whole model."""
