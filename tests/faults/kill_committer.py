@@ -73,7 +73,7 @@ def lost(path: Path, acknowledged: list[list[str]]) -> list[str]:
 
 
 def campaign(folder: Path, cases: int) -> dict[str, object]:
-    """Kill at random moments (0 to 120 ms); nothing acknowledged may be lost, nothing left lying."""
+    """Kill at random moments (0 to 160 ms); nothing acknowledged may be lost, nothing left lying."""
     chance, acknowledgements = random.Random(1), 0
     failures: list[str] = []
     path = folder / "run"
@@ -83,7 +83,7 @@ def campaign(folder: Path, cases: int) -> dict[str, object]:
             shutil.rmtree(path, ignore_errors=True)
             acknowledged = []
         process, reading = fork(lambda pipe: commit_until_killed(path, pipe))
-        time.sleep(chance.uniform(0, 0.12))
+        time.sleep(chance.uniform(0, 0.16))
         os.kill(process, signal.SIGKILL)
         code, lines = wait(process, reading)
         acknowledged += [line.split() for line in lines]
