@@ -336,11 +336,13 @@ class LoggerConfig:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `domain` is what to learn: a name in conf/domain, a folder, or hf:owner/name.
+    `old_domains` names what the base knows where its folder does not record it (empty: as recorded).
     `base` is a model or run folder; None builds (once) and reuses the base of `default_base`."""
 
     domain: str = "code"
     base: str | None = None
     out: str | None = None
+    old_domains: tuple[str, ...] = ()
     bystanders: tuple[str, ...] = ()
     method: MethodName = "grow"
     tokenizer: str = "bytes"

@@ -27,7 +27,9 @@ def apply_plan(model: ModuleFormer, plan: Plan, usage: Usage | None = None) -> N
     where the plan was made for another model.
     """
     if model.config != plan.before:
-        raise InputError("the plan does not fit the model", "growth", "it was made for another configuration; plan again")
+        raise InputError(
+            "the plan does not fit the model", "growth", "it was made for another configuration; plan again"
+        )
     for operation in plan.operations:
         if isinstance(operation, FreezeExperts):
             freeze(model)
@@ -81,7 +83,10 @@ def _add(model: ModuleFormer, plan: Plan, operation: AddExperts, usage: Usage | 
         for layer, block in enumerate(model.blocks):
             grown = generation.layers[layer]
             assert isinstance(block, Block) and isinstance(grown, GenerationLayer)
-            for old, new, site in ((block.attention.experts, grown.attention, block.attention.site), (block.feedforward.experts, grown.feedforward, block.feedforward.site)):
+            for old, new, site in (
+                (block.attention.experts, grown.attention, block.attention.site),
+                (block.feedforward.experts, grown.feedforward, block.feedforward.site),
+            ):
                 if new is not None:
                     _start_experts(old, new, operation, None if usage is None else usage[site], plan)
             for router in (grown.attention_router, grown.feedforward_router):
@@ -101,7 +106,11 @@ def _start_experts(old: nn.Module, new: nn.Module, operation: AddExperts, share_
     if operation.initial == "mean":
         new_inner[:, :, :width] = old_inner.mean(0)[:, :width]
     elif operation.initial == "copy_most_used":
-        busiest = torch.arange(old_inner.shape[0]) if share_E is None else share_E[: old_inner.shape[0]].argsort(descending=True, stable=True)
+        busiest = (
+            torch.arange(old_inner.shape[0])
+            if share_E is None
+            else share_E[: old_inner.shape[0]].argsort(descending=True, stable=True)
+        )
         chosen = busiest[torch.arange(new_inner.shape[0]) % busiest.shape[0]]
         new_inner[:, :, :width] = old_inner[chosen.to(old_inner.device)][:, :, :width]
 

@@ -46,7 +46,11 @@ def train_gate(model: ModuleFormer, new: Windows, old: Windows, settings: GateTr
     if gate is None:
         raise InputError("no domain gate to train", "growth", "grow with mode gated first")
     if min(len(new), len(old)) < 8:
-        raise InputError(f"{len(new)} windows of the new domain and {len(old)} probes", "growth.gate", "the gate needs at least 8 of each")
+        raise InputError(
+            f"{len(new)} windows of the new domain and {len(old)} probes",
+            "growth.gate",
+            "the gate needs at least 8 of each",
+        )
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     new_fit, new_held = _hold_out(new, generator)
@@ -78,24 +82,41 @@ def _hold_out(windows: Windows, generator: torch.Generator) -> tuple[Windows, Wi
     return windows.take(order[held:]), windows.take(order[:held])
 
 
-def _fit(gate: DomainGate, model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, generator: torch.Generator) -> None:
+def _fit(
+    gate: DomainGate,
+    model: ModuleFormer,
+    new: Windows,
+    old: Windows,
+    settings: GateTraining,
+    generator: torch.Generator,
+) -> None:
     parameters = list(gate.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.05
+    )
     num_negative = int(settings.batch_size * settings.negatives_share)
     num_new = (settings.batch_size - num_negative) // 2
     for _ in range(settings.steps):
         some_new = _draw(new, num_new + num_negative, generator)
-        negatives = open_set_negatives(some_new.take(torch.arange(num_new, len(some_new))), model.config.vocab_size, _special_ids(model), generator)
+        negatives = open_set_negatives(
+            some_new.take(torch.arange(num_new, len(some_new))), model.config.vocab_size, _special_ids(model), generator
+        )
         some_old = _draw(old, settings.batch_size - num_new - num_negative, generator)
         length = min(some_new.input_ids.shape[1], some_old.input_ids.shape[1])
-        begin = int(torch.randint(0, length // 2, (1,), generator=generator)) * int(torch.randint(0, 2, (1,), generator=generator))
-        parts = [each.cut(begin, length - begin) for each in (some_new.take(torch.arange(num_new)), some_old, negatives)]
+        begin = int(torch.randint(0, length // 2, (1,), generator=generator)) * int(
+            torch.randint(0, 2, (1,), generator=generator)
+        )
+        parts = [
+            each.cut(begin, length - begin) for each in (some_new.take(torch.arange(num_new)), some_old, negatives)
+        ]
         labels_BT = torch.zeros(settings.batch_size, length - begin)
         labels_BT[:num_new] = 1.0
-        logits_BT, _ = gate(torch.cat([each.input_ids for each in parts]), torch.cat([each.document_starts for each in parts]))
+        logits_BT, _ = gate(
+            torch.cat([each.input_ids for each in parts]), torch.cat([each.document_starts for each in parts])
+        )
         loss = F.binary_cross_entropy_with_logits(logits_BT, labels_BT.to(logits_BT))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -112,6 +133,6 @@ def _draw(windows: Windows, count: int, generator: torch.Generator) -> Windows:
 
 @torch.inference_mode()
 def _probabilities(gate: DomainGate, windows: Windows) -> Tensor:
-    rows = torch.arange(len(windows)).split(64)
+    rows = torch.split(torch.arange(len(windows)), 64)
     parts = [windows.take(each) for each in rows]
     return torch.cat([gate(each.input_ids, each.document_starts)[0].sigmoid().flatten() for each in parts])

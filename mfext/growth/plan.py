@@ -71,7 +71,9 @@ def plan_growth(config: ModelConfig, growth: GrowthConfig, name: str) -> Plan:
     taken = [generation.name for generation in config.generations]
     if name in taken:
         known = ", ".join(taken)
-        raise InputError(f"generation '{name}' exists", "growth", f"the model already has {known}; give the new one another name")
+        raise InputError(
+            f"generation '{name}' exists", "growth", f"the model already has {known}; give the new one another name"
+        )
     layers = _chosen_layers(config, growth)
 
     def per_layer(count: int) -> tuple[int, ...]:
@@ -85,7 +87,9 @@ def plan_growth(config: ModelConfig, growth: GrowthConfig, name: str) -> Plan:
         feedforward_experts=per_layer(growth.feedforward_experts),
         attention_experts_per_token=growth.attention_experts_per_token,
         feedforward_experts_per_token=growth.feedforward_experts_per_token,
-        d_feedforward=config.d_feedforward if growth.mode == "compete" else growth.d_feedforward or config.d_feedforward,
+        d_feedforward=config.d_feedforward
+        if growth.mode == "compete"
+        else growth.d_feedforward or config.d_feedforward,
         embedding_rank=growth.embedding_rank if gated else 0,
         head_rank=growth.head_rank if gated else 0,
         key_value_rank=growth.key_value_rank if gated else 0,
@@ -113,7 +117,9 @@ def _chosen_layers(config: ModelConfig, growth: GrowthConfig) -> set[int]:
     chosen = {int(layer) for layer in growth.layers}
     wrong = sorted(layer for layer in chosen if not 0 <= layer < config.num_layers)
     if wrong or not chosen:
-        raise InputError(f"growth.layers={sorted(chosen)}", "growth", f"layers are numbered 0 to {config.num_layers - 1}")
+        raise InputError(
+            f"growth.layers={sorted(chosen)}", "growth", f"layers are numbered 0 to {config.num_layers - 1}"
+        )
     return chosen
 
 
@@ -140,9 +146,15 @@ def _idle(config: ModelConfig, shapes: Mapping[str, int]) -> int:
     for name, size in shapes.items():
         kind = "attention" if name.endswith(("query", "experts.output", "attention.output")) else "feedforward"
         if name.startswith("blocks.") and ".experts." in name:
-            experts, chosen = (config.attention_experts, config.attention_experts_per_token) if kind == "attention" else (config.feedforward_experts, config.feedforward_experts_per_token)
+            experts, chosen = (
+                (config.attention_experts, config.attention_experts_per_token)
+                if kind == "attention"
+                else (config.feedforward_experts, config.feedforward_experts_per_token)
+            )
             idle += size // experts * (experts - chosen)
-        elif name.startswith("generations.") and name.endswith(("attention.query", "attention.output", "feedforward.up", "feedforward.down")):
+        elif name.startswith("generations.") and name.endswith(
+            ("attention.query", "attention.output", "feedforward.up", "feedforward.down")
+        ):
             generation = config.generations[int(name.split(".")[1])]
             layer = int(name.split(".")[3])
             if generation.mode == "compete":

@@ -5,8 +5,6 @@ Source: arXiv 2306.04640, section 2.2.
 
 from __future__ import annotations
 
-from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode
-from mfext_kernels.stickbreaking.reference import stickbreaking_weights
 from torch import Tensor, nn
 
 from mfext.config import ModelConfig
@@ -15,6 +13,8 @@ from mfext.model.forward_pass import Pass, SiteOutput, competing_layers
 from mfext.model.generation import OpenTokens
 from mfext.model.positions import Positions
 from mfext.model.router import Router, RouterRows, Routing, Site, route
+from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode
+from mfext_kernels.stickbreaking.reference import stickbreaking_weights
 
 
 class ExpertAttention(nn.Module):
@@ -47,7 +47,9 @@ class ExpertAttention(nn.Module):
             if isinstance(grown.attention, AttentionExperts):
                 y_ND, grown_routing = self._add_generation(y_ND, x_ND, (k_BSHC, v_BSHC), opened, shared.positions)
                 routings.append(grown_routing)
-        weights = stickbreaking_weights(q_BTKHC, k_BSHC, shared.positions.starts_BT) if shared.return_attentions else None
+        weights = (
+            stickbreaking_weights(q_BTKHC, k_BSHC, shared.positions.starts_BT) if shared.return_attentions else None
+        )
         return SiteOutput(y_ND.view(batch, length, width), tuple(routings), weights)
 
     def _heads(self, q_MKA: Tensor, batch: int) -> Tensor:
@@ -75,12 +77,16 @@ class ExpertAttention(nn.Module):
             o_BTKHC = stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, positions.starts_BT)
         return o_BTKHC.reshape(-1, q_BTKHC.shape[2], self.config.d_attention)
 
-    def _add_generation(self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, positions: Positions) -> tuple[Tensor, Routing]:
+    def _add_generation(
+        self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, positions: Positions
+    ) -> tuple[Tensor, Routing]:
         """Add an open generation's attention experts; closed tokens keep their bits."""
         grown, config = opened.layer(self.site.layer), opened.generation.config
         assert isinstance(grown.attention_router, Router) and grown.attention is not None
         x_MD = opened.pick(x_ND)
-        routing = route(grown.attention_router(x_MD), config.attention_experts_per_token, self.site, opened.number, opened.tokens_M)
+        routing = route(
+            grown.attention_router(x_MD), config.attention_experts_per_token, self.site, opened.number, opened.tokens_M
+        )
         q_MKA = project_queries(x_MD, [grown.attention], routing)
         k_BSHC, v_BSHC = keys_values
         starts_BT = positions.starts_BT

@@ -55,7 +55,9 @@ class DomainGate(nn.Module):
         tail = weight.new_zeros(batch_size, self.config.convolution_width - 1, self.config.d_embedding)
         return GateState(tail, weight.new_zeros(1 + len(self.config.decays), batch_size, self.config.d_convolution))
 
-    def forward(self, input_ids_BT: Tensor, starts_BT: Tensor, offset: int = 0, state: GateState | None = None) -> tuple[Tensor, GateState]:
+    def forward(
+        self, input_ids_BT: Tensor, starts_BT: Tensor, offset: int = 0, state: GateState | None = None
+    ) -> tuple[Tensor, GateState]:
         """Logits (B, T) of "this domain" and the state after the last token.
 
         `starts_BT` holds the absolute index of each position's document start; the tokens

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mfext_kernels.grouped_linear import expert_feedforward, gather_linear, order_rows, scatter_linear, sort_rows
 from torch import Tensor, nn
 
 from mfext.model.router import Routing
+from mfext_kernels.grouped_linear import expert_feedforward, gather_linear, order_rows, scatter_linear, sort_rows
 
 
 class AttentionExperts(nn.Module):

@@ -72,9 +72,13 @@ class Generation(nn.Module):
         super().__init__()
         self.config = config
         num_features = model.d_model if model.router == "linear" else model.d_router
-        self.layers = nn.ModuleList(GenerationLayer(config, model, layer, num_features) for layer in range(model.num_layers))
+        self.layers = nn.ModuleList(
+            GenerationLayer(config, model, layer, num_features) for layer in range(model.num_layers)
+        )
         self.gate = DomainGate(config.gate, model.vocab_size) if config.gate is not None else None
-        self.embedding = MatrixChange(model.vocab_size, model.d_model, config.embedding_rank) if config.embedding_rank else None
+        self.embedding = (
+            MatrixChange(model.vocab_size, model.d_model, config.embedding_rank) if config.embedding_rank else None
+        )
         self.head = MatrixChange(model.vocab_size, model.d_model, config.head_rank) if config.head_rank else None
         self.final_norm = NormChange(model.d_model) if config.norms else None
 

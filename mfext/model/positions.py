@@ -21,7 +21,14 @@ class Positions:
     starts_BT: Tensor | None
 
     @classmethod
-    def of(cls, input_ids_BT: Tensor, offset: int, attention_mask_BT: Tensor | None, document_starts_BT: Tensor | None, cached_starts_B: Tensor | None) -> Positions:
+    def of(
+        cls,
+        input_ids_BT: Tensor,
+        offset: int,
+        attention_mask_BT: Tensor | None,
+        document_starts_BT: Tensor | None,
+        cached_starts_B: Tensor | None,
+    ) -> Positions:
         """Combine packing (`document_starts`), padding (`attention_mask`) and what a cache remembers."""
         starts_BT = document_starts_BT
         if starts_BT is None and cached_starts_B is not None and offset > 0:
@@ -32,7 +39,9 @@ class Positions:
             first_B = real_BT.to(torch.int8).argmax(1) + none_B * input_ids_BT.shape[1] + offset
             if bool((first_B > offset).any()):
                 first_B1 = torch.where(first_B > offset, first_B, 0)[:, None]
-                starts_BT = first_B1.expand_as(input_ids_BT) if starts_BT is None else torch.maximum(starts_BT, first_B1)
+                starts_BT = (
+                    first_B1.expand_as(input_ids_BT) if starts_BT is None else torch.maximum(starts_BT, first_B1)
+                )
         return cls(offset, starts_BT)
 
     def dense_starts(self, input_ids_BT: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from mfext_kernels.routing import Dispatch, make_dispatch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfext.config import RouterKind
+from mfext_kernels.routing import Dispatch, make_dispatch
 
 SiteKind = Literal["attention", "feedforward"]
 
@@ -55,7 +55,9 @@ class Routing:
         return self.dispatch.num_experts
 
 
-def route(logits_ME: Tensor, num_chosen: int, site: Site, generation: int = 0, tokens_M: Tensor | None = None) -> Routing:
+def route(
+    logits_ME: Tensor, num_chosen: int, site: Site, generation: int = 0, tokens_M: Tensor | None = None
+) -> Routing:
     """Choose the `num_chosen` most probable experts of every token."""
     log_probs_ME = F.log_softmax(logits_ME, dim=-1)
     top_log_probs_MK, experts_MK = log_probs_ME.topk(num_chosen, dim=-1)

@@ -1,0 +1,159 @@
+"""Grow a model for a domain: plan applied, identity checked, gate trained; and the same from a commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from mfext.config import GenerationConfig, Recipe
+from mfext.conversion import from_mapping, to_mapping
+from mfext.domains.domain import Domain, reservoir
+from mfext.domains.stream import TokenStream
+from mfext.domains.tokenizer import load_tokenizer
+from mfext.errors import DamagedError, InputError
+from mfext.growth.apply import apply_plan, measure_usage, set_gate_thresholds
+from mfext.growth.gate_training import train_gate
+from mfext.growth.plan import Plan
+from mfext.growth.probes import Windows, document_starts, self_probes
+from mfext.model.moduleformer import ModuleFormer
+from mfext.report.terminal import Console
+
+CARRIED = "generation/"
+
+
+Texts = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a growth leaves beside the trained weights: its gate's tensors, and facts for the lineage."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, object]
+
+
+def grow_model(
+    model: ModuleFormer, plan: Plan, recipe: Recipe, stream: TokenStream, kept: Texts, console: Console
+) -> Grown:
+    """Apply `plan`, check that it changed nothing, and train the new generation's gate. In place.
+
+    `kept` is the reservoir of old text the gate may see; empty where probes come from the model itself.
+    """
+    settings = recipe.growth.gate
+    gated = recipe.growth.mode == "gated"
+    probes = None
+    if settings.probe != "none":
+        source = "the reservoir" if settings.probe == "reservoir" else "the model itself"
+        console.say(f"taking probes of what the model knows from {source}")
+        probes = _probes(model, recipe, kept)
+    new = _new_windows(stream, max(128, settings.probe_sequences))
+    usage = measure_usage(model, new.input_ids[:32], new.document_starts[:32])
+    watched = (probes or new).take(torch.arange(min(32, len(probes or new))))
+    before = _logits(model, watched)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        apply_plan(model, plan, usage)
+    identity = float((_logits(model, watched) - before).abs().max())
+    facts: dict[str, object] = {"identity_at_growth": identity}
+    if gated and probes is not None:
+        console.say("training the domain gate")
+        calibration = train_gate(model, new, probes, settings, recipe.seed)
+        facts["gate"] = asdict(calibration)
+        trained = float((_logits(model, watched) - before).abs().max())
+        facts["identity_at_growth"] = max(identity, trained)
+        shares = f"{calibration.false_open:.1%} of held-out probes, {calibration.open_set_open:.1%} of open-set text"
+        console.say(f"gate: opens on {shares}; not fully open on {calibration.false_close:.1%} of new text")
+    elif gated:
+        _open_always(model)
+        console.warn("gate.probe=none: the gate is always open, so old domains are not protected")
+    facts["generation"] = to_mapping(model.config.generations[-1])
+    return Grown(_gate_tensors(model), facts)
+
+
+def restore_growth(
+    model: ModuleFormer, plan: Plan, tensors: Mapping[str, Tensor], state: Mapping[str, object]
+) -> Grown:
+    """The growth an interrupted stage began with, from its last commit. In place."""
+    if "generation" not in state:
+        raise DamagedError("the run's progress does not say what was grown", "", "start the run anew")
+    generation = from_mapping(GenerationConfig, state["generation"], "generation")
+    apply_plan(model, plan)
+    if generation.gate is not None:
+        set_gate_thresholds(model, generation.gate.opens_at, generation.gate.full_at)
+    carried = {name.removeprefix(CARRIED): tensor for name, tensor in tensors.items() if name.startswith(CARRIED)}
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in carried.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise DamagedError(f"the run's progress does not fit the model: {name}", "", "start the run anew")
+            own[name].copy_(tensor)
+    facts = {key: state[key] for key in ("identity_at_growth", "gate", "generation") if key in state}
+    return Grown(_gate_tensors(model), facts)
+
+
+def _gate_tensors(model: ModuleFormer) -> dict[str, Tensor]:
+    prefix = f"generations.{len(model.generations) - 1}.gate."
+    return {
+        CARRIED + name: tensor.detach().cpu() for name, tensor in model.named_parameters() if name.startswith(prefix)
+    }
+
+
+def _open_always(model: ModuleFormer) -> None:
+    gate = model.generation(len(model.generations)).gate
+    assert gate is not None
+    with torch.no_grad():
+        gate.output.weight.zero_()
+        gate.output.bias.fill_(1e9)
+
+
+def _new_windows(stream: TokenStream, count: int) -> Windows:
+    """Windows of the new domain, the first of the stage's own order."""
+    batches, taken = [], 0
+    while taken < count:
+        batches.append(stream.batch(len(batches)))
+        taken += batches[-1]["input_ids"].shape[0]
+    return Windows(
+        torch.cat([each["input_ids"] for each in batches])[:count],
+        torch.cat([each["document_starts"] for each in batches])[:count],
+    )
+
+
+def reservoir_of(recipe: Recipe, domains: Iterable[Domain]) -> dict[str, tuple[str, ...]]:
+    """The sample of old text `gate.probe` asks for, per domain; empty where it asks for none."""
+    settings = recipe.growth.gate
+    if recipe.method != "grow" or settings.probe not in ("reservoir", "both"):
+        return {}
+    return {
+        each.name: reservoir(each.train, settings.reservoir_share, settings.reservoir_bytes, recipe.seed)
+        for each in domains
+    }
+
+
+def _probes(model: ModuleFormer, recipe: Recipe, kept: Texts) -> Windows:
+    settings = recipe.growth.gate
+    parts = []
+    if settings.probe in ("self", "both"):
+        parts.append(self_probes(model, settings.probe_sequences, settings.probe_length, recipe.seed))
+    if kept:
+        parts.append(_reservoir_windows(model, recipe, kept))
+    if not parts:
+        raise InputError("gate.probe=reservoir, but the base names no old domain", "growth.gate", "use gate.probe=self")
+    ids = torch.cat([each.input_ids for each in parts])
+    return Windows(ids, torch.cat([each.document_starts for each in parts]))
+
+
+def _reservoir_windows(model: ModuleFormer, recipe: Recipe, kept: Texts) -> Windows:
+    tokenizer, length, bos = load_tokenizer(recipe.tokenizer), recipe.growth.gate.probe_length, model.config.bos_id
+    flat = [token for texts in kept.values() for text in texts for token in (bos, *tokenizer.encode(text))]
+    count = len(flat) // length
+    ids = torch.tensor(flat[: count * length]).view(count, length)
+    return Windows(ids, document_starts(ids, bos))
+
+
+@torch.inference_mode()
+def _logits(model: ModuleFormer, windows: Windows) -> Tensor:
+    logits: Tensor = model(windows.input_ids, document_starts=windows.document_starts).logits
+    return logits

@@ -1,0 +1,104 @@
+"""Measure a model on every domain of a run: rows for the ledger, usage and gates beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from mfext.config import EvaluationConfig
+from mfext.domains.domain import Domain, first_documents, split_hash
+from mfext.domains.tokenizer import Tokenizer, encode_documents
+from mfext.errors import InputError
+from mfext.metrics.ledger import LedgerRow
+from mfext.metrics.perplexity import Evaluation, Scoring, evaluate
+from mfext.metrics.usage import UsageCounter
+from mfext.model.moduleformer import ModuleFormer
+
+
+@dataclass(frozen=True)
+class Column:
+    """One domain's evaluation split, ready to score: token ids and UTF-8 bytes per document."""
+
+    domain: str
+    split: str
+    documents: Sequence[list[int]]
+    document_bytes: Sequence[int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which row of the matrix is measured."""
+
+    stage: int
+    stage_name: str
+    step: int
+    model_sha256: str
+    seed: int
+
+
+def prepare_columns(domains: Iterable[Domain], tokenizer: Tokenizer, settings: EvaluationConfig) -> tuple[Column, ...]:
+    """The columns of the matrix. Raises InputError where a domain has nothing in the split asked for."""
+    columns = []
+    for domain in domains:
+        documents = first_documents(domain.split(settings.split), settings.max_bytes)
+        if not documents:
+            raise InputError(
+                f"domain '{domain.name}' has no {settings.split} documents",
+                domain.source,
+                "add some, or choose another split with evaluation.split",
+            )
+        ids, sizes = encode_documents(documents, tokenizer)
+        columns.append(Column(domain.name, settings.split, ids, sizes, split_hash(documents)))
+    return tuple(columns)
+
+
+def measure(
+    model: ModuleFormer,
+    columns: Sequence[Column],
+    moment: Moment,
+    settings: EvaluationConfig,
+    say: Callable[[str], None],
+) -> tuple[list[LedgerRow], dict[str, dict[str, object]]]:
+    """Ledger rows of one stage, and per domain its expert usage and gate behaviour (plain JSON)."""
+    scoring = Scoring(settings.window, settings.batch_size, model.config.bos_id, model.config.pad_id, model.device)
+    base_experts = {"attention": model.config.attention_experts, "feedforward": model.config.feedforward_experts}
+    rows, details = [], {}
+    for column in columns:
+        begun = time.monotonic()
+        evaluation = evaluate(model, column.documents, column.document_bytes, scoring, usage=UsageCounter(base_experts))
+        rows.append(_row(column, evaluation, moment, time.monotonic() - begun))
+        details[column.domain] = _details(evaluation)
+        say(f"{moment.stage_name}: {column.domain} {evaluation.bits_per_byte or 0:.3f} bits per byte")
+    return rows, details
+
+
+def _row(column: Column, evaluation: Evaluation, moment: Moment, wall_s: float) -> LedgerRow:
+    return LedgerRow(
+        stage=moment.stage,
+        step=moment.step,
+        domain=column.domain,
+        split=column.split,
+        nll_nats=evaluation.nats,
+        tokens=evaluation.tokens,
+        bytes=evaluation.bytes,
+        documents=len(column.documents),
+        document_nats=evaluation.document_nats,
+        document_bytes=tuple(column.document_bytes),
+        split_sha256=column.sha256,
+        model_sha256=moment.model_sha256,
+        seed=moment.seed,
+        wall_s=wall_s,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        stage_name=moment.stage_name,
+    )
+
+
+def _details(evaluation: Evaluation) -> dict[str, object]:
+    gates: list[Mapping[str, object]] = []
+    for gate in evaluation.gates:
+        lag = {"lag_tokens_mean": gate.lag}
+        gates.append({key: value for key, value in asdict(gate).items() if key != "document_lags"} | lag)
+    return {"usage": evaluation.usage.to_json() if evaluation.usage else None, "gates": gates}

@@ -1,0 +1,172 @@
+"""`mfext pretrain`: random weights -> base model on one domain or a mix.
+
+recipe -> domains -> ModuleFormer(random) -> training/fit -> metrics -> store (commit) -> report
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mfext import __version__
+from mfext.commands.measuring import Column, Moment, measure, prepare_columns
+from mfext.commands.models import model_tensors
+from mfext.commands.outcome import run_report, write_reports
+from mfext.commands.setting import check_domains, load_domains, pack_train, prepare_machine, record_of
+from mfext.commands.staging import StageWork, train_stage
+from mfext.config import Recipe
+from mfext.conversion import to_mapping
+from mfext.domains.domain import Domain
+from mfext.domains.stream import TokenStream
+from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from mfext.errors import InputError
+from mfext.growth.plan import count_parameters
+from mfext.model.moduleformer import ModuleFormer
+from mfext.paths import cache_folder
+from mfext.recipe import recipe_to_mapping
+from mfext.report.report import Report
+from mfext.report.terminal import Console
+from mfext.requests import Invocation
+from mfext.store import Run, is_run_folder, model_hash
+from mfext.training.methods.full import Full
+from mfext.training.module import ContinualModuleFormer
+
+STAGE, STAGE_NAME = 0, "base"
+
+
+def run(recipe: Recipe, invocation: Invocation) -> Report:
+    """Pretrain the base a recipe's `default_base` describes; returns its report."""
+    console = Console.of(invocation)
+    prepare_machine(invocation, recipe)
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    domains = load_domains(recipe.default_base.domains, console)
+    if invocation.dry_run:
+        return planned(recipe, domains, tokenizer)
+    out = Path(
+        invocation.resume or recipe.out or Path("runs") / f"pretrain-{'-'.join(each.name for each in domains)[:40]}"
+    )
+    with open_run(out, recipe, invocation.resume is not None) as opened:
+        pretrain(recipe, domains, tokenizer, opened, console)
+        return write_reports(opened, run_report(opened, "pretrain", recipe))
+
+
+def planned(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer) -> Report:
+    """What `run` would do, without doing it."""
+    config, training = recipe.default_base.model, recipe.default_base.training
+    check_tokenizer(tokenizer, config.vocab_size)
+    counts = count_parameters(config)
+    bytes_ = {each.name: sum(len(text.encode()) for text in each.train) for each in domains}
+    data: dict[str, object] = {
+        "dry_run": True,
+        "params": {
+            "total": counts["total"],
+            "trainable": counts["total"],
+            "active_per_token": counts["active_per_token"],
+        },
+        "steps": training.steps,
+        "tokens": training.steps * training.batch_size * training.sequence_length,
+        "train_bytes": bytes_,
+        "disk_bytes": counts["total"] * 4 * 4,
+        "memory_bytes": counts["total"] * 4 * 4,
+    }
+    return Report(
+        "pretrain",
+        data,
+        "pretrain (dry run)",
+        (f"would train {counts['total']:,} parameters for {training.steps:,} steps on {', '.join(bytes_)}",),
+    )
+
+
+def open_run(path: Path, recipe: Recipe, resume: bool) -> Run:
+    """A new run folder, or the interrupted one to continue. Raises InputError where they are confused."""
+    if resume:
+        return Run.open(path)
+    if is_run_folder(path):
+        raise InputError("this run exists", path, f"continue it with --resume {path}, or choose another --out")
+    return Run.create(path, recipe_to_mapping(recipe), {"mfext_version": __version__})
+
+
+def pretrain(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
+    """Train and commit stage 0 of `opened`, unless it is there, and measure it."""
+    base = recipe.default_base
+    check_tokenizer(tokenizer, base.model.vocab_size)
+    check_domains(domains)
+    if not opened.stages():
+        _train(recipe, domains, tokenizer, opened, console)
+    stage = opened.stages()[0]
+    measured = {str(row["domain"]) for row in opened.read_ledger()}
+    columns: Sequence[Column] = [
+        column for column in prepare_columns(domains, tokenizer, recipe.evaluation) if column.domain not in measured
+    ]
+    if columns:
+        from mfext.commands.models import open_model
+
+        loaded = open_model(stage.folder)
+        moment = Moment(STAGE, STAGE_NAME, base.training.steps, loaded.sha256, recipe.seed)
+        rows, details = measure(loaded.model, columns, moment, recipe.evaluation, console.say)
+        opened.write_report_file(f"details-{STAGE:03d}.json", json.dumps(details))
+        opened.append_ledger([row.to_json() for row in rows])
+
+
+def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
+    base = recipe.default_base
+    torch.manual_seed(recipe.seed)
+    model = ModuleFormer(base.model)
+    stream = TokenStream(
+        [pack_train(each, tokenizer) for each in domains],
+        sequence_length=base.training.sequence_length,
+        batch_size=base.training.batch_size,
+        seed=recipe.seed,
+        stage=STAGE,
+    )
+    module = ContinualModuleFormer(model, base.training, Full())
+    begun = time.monotonic()
+    result = train_stage(module, stream, StageWork(STAGE, STAGE_NAME, base.training, {}, {}), recipe, opened, console)
+    tensors = model_tensors(model)
+    records = [record_of(each).to_json() for each in domains]
+    lineage = {
+        "stage": STAGE,
+        "name": STAGE_NAME,
+        "method": "pretrain",
+        "domains": [each["name"] for each in records],
+        "tokens": result.tokens,
+        "wall_s": time.monotonic() - begun,
+        "sha256": model_hash(tensors),
+    }
+    metadata = {
+        "domains": records,
+        "lineage": [lineage],
+        "tokenizer": recipe.tokenizer,
+        "seed": recipe.seed,
+        "mfext_version": __version__,
+    }
+    opened.commit_stage(STAGE, STAGE_NAME, tensors, to_mapping(model.config), {}, metadata)
+    opened.clear_progress(STAGE)
+
+
+def default_base(recipe: Recipe, console: Console) -> Path:
+    """The run folder of the recipe's default base: reused where it exists, pretrained (once) where not."""
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    domains = load_domains(recipe.default_base.domains, console)
+    identity = {
+        "base": to_mapping(recipe.default_base),
+        "seed": recipe.seed,
+        "tokenizer": tokenizer.fingerprint,
+        "data": {each.name: dict(each.provenance) for each in domains},
+        "torch": torch.__version__,
+    }
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / "bases" / f"{'-'.join(each.name for each in domains)[:40]}-{name}"
+    resume = is_run_folder(folder)
+    with open_run(folder, recipe, resume) as opened:
+        if opened.stages():
+            console.say(f"base: reusing {folder}")
+        else:
+            console.say(f"base: pretraining on {', '.join(each.name for each in domains)} (kept for the next run)")
+        pretrain(recipe, domains, tokenizer, opened, console)
+    return folder
