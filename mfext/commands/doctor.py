@@ -114,7 +114,8 @@ def _machine(problems: list[str]) -> dict[str, object]:
         return facts
     facts["threads"] = torch.get_num_threads()
     facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    facts["blas"] = "mkl" if torch.backends.mkl.is_available() else "openblas or other"
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    facts["blas"] = "mkl" if has_mkl else "openblas or other"
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts["gpus"] = ", ".join(gpus) or "none"
     facts["cuda"] = torch.version.cuda or "none"

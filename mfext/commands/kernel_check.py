@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from mfext_kernels.grouped_linear import Backend, expert_feedforward
 from mfext_kernels.routing import make_dispatch
 from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode
-from torch import Tensor
 
 # Sums of at most some hundreds of terms of unit size: a few hundred times the spacing of the numbers is rounding.
 _ROUNDING_STEPS = 512
@@ -32,33 +33,32 @@ class KernelCheck:
 
 def check_kernels() -> tuple[KernelCheck, ...]:
     """Every op in float32 and float64; random inputs of odd sizes, with an expert that nobody chose."""
-    checks = []
-    for dtype in (torch.float32, torch.float64):
-        generator = torch.Generator().manual_seed(0)
-        draw = _drawer(generator, dtype)
-        query, key, value = draw(2, 67, 2, 2, 8), draw(2, 67, 2, 8), draw(2, 67, 2, 8)
-        experts = torch.tensor([[0, 2], [2, 4], [4, 0], [2, 0]]).repeat(9, 1)[:35]
-        x, up, down, gates = draw(35, 12), draw(5, 12, 7), draw(5, 7, 12), draw(35, 2)
-        dispatch = make_dispatch(experts, 5)
+    return (*_check(torch.float32), *_check(torch.float64))
 
-        def attention(backend: Backend, q: Tensor = query, k: Tensor = key, v: Tensor = value) -> Tensor:
-            return stickbreaking_attention(q, k, v, backend=backend)
 
-        def decode(backend: Backend, q: Tensor = query, k: Tensor = key, v: Tensor = value) -> Tensor:
-            return stickbreaking_decode(q[:, -1], k, v, backend=backend)
+def _check(dtype: torch.dtype) -> Iterator[KernelCheck]:
+    draw = _drawer(torch.Generator().manual_seed(0), dtype)
+    query, key, value = draw(2, 67, 2, 2, 8), draw(2, 67, 2, 8), draw(2, 67, 2, 8)
+    x, up, down, gates = draw(35, 12), draw(5, 12, 7), draw(5, 7, 12), draw(35, 2)
+    dispatch = make_dispatch(torch.tensor([[0, 2], [2, 4], [4, 0], [2, 0]]).repeat(9, 1)[:35], 5)
 
-        def feedforward(backend: Backend, x: Tensor = x, u: Tensor = up, d: Tensor = down, g: Tensor = gates) -> Tensor:
-            # An expert may be stored in several stacks; two stacks take the general way.
-            return expert_feedforward(x, [u[:2], u[2:]], [d[:2], d[2:]], g, dispatch, backend=backend)  # noqa: B023
+    def attention(backend: Backend) -> Tensor:
+        return stickbreaking_attention(query, key, value, backend=backend)
 
-        for name, op, inputs in (
-            ("stick-breaking attention", attention, (query, key, value)),
-            ("stick-breaking decode", decode, (query, key, value)),
-            ("expert feed-forward", feedforward, (x, up, down, gates)),
-        ):
-            allowed = _ROUNDING_STEPS * torch.finfo(dtype).eps
-            checks.append(KernelCheck(name, str(dtype).removeprefix("torch."), _error(op, inputs), allowed))
-    return tuple(checks)
+    def decode(backend: Backend) -> Tensor:
+        return stickbreaking_decode(query[:, -1], key, value, backend=backend)
+
+    def feedforward(backend: Backend) -> Tensor:
+        # Two stacks, as in a model that has grown.
+        return expert_feedforward(x, [up[:2], up[2:]], [down[:2], down[2:]], gates, dispatch, backend=backend)
+
+    for name, op, inputs in (
+        ("stick-breaking attention", attention, (query, key, value)),
+        ("stick-breaking decode", decode, (query, key, value)),
+        ("expert feed-forward", feedforward, (x, up, down, gates)),
+    ):
+        allowed = _ROUNDING_STEPS * torch.finfo(dtype).eps
+        yield KernelCheck(name, str(dtype).removeprefix("torch."), _error(op, inputs), allowed)
 
 
 def _drawer(generator: torch.Generator, dtype: torch.dtype) -> Callable[..., Tensor]:
