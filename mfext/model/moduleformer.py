@@ -105,10 +105,11 @@ class ModuleFormer(nn.Module):
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty decoding cache with room for `capacity` positions."""
         weight = self.embedding.weight
-        shape = (batch_size, capacity, self.config.num_heads, self.config.d_head)
-        layers = range(self.config.num_layers)
-        starts_B = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
-        return Cache([weight.new_empty(shape) for _ in layers], [weight.new_empty(shape) for _ in layers], starts_B)
+        # Stored (B, H, capacity, C) and seen as (B, capacity, H, C): a decoding step's products then read keys and
+        # values where they lie, instead of copying the whole cache at every new token.
+        shape = (batch_size, self.config.num_heads, capacity, self.config.d_head)
+        keys, values = ([weight.new_empty(shape).transpose(1, 2) for _ in self.blocks] for _ in range(2))
+        return Cache(keys, values, torch.zeros(batch_size, dtype=torch.long, device=weight.device))
 
     def forward(
         self,
