@@ -47,7 +47,8 @@ class StageLoop(Callback):
         state = resume.state if resume else {}
         self.loss_sum = _number(state.get("loss_sum", 0.0))
         self.loss_count = int(_number(state.get("loss_count", 0)))
-        self.random = dict(resume.tensors) if resume else {}
+        tensors = resume.tensors if resume else {}
+        self.random = {name: value for name, value in tensors.items() if name.startswith("random/")}
         self.last_loss: float | None = None
         self.stopped_by: int | None = None
         self.file = MetricsFile(settings.log_folder, self.step) if place.rank == 0 else None
