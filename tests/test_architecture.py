@@ -128,7 +128,7 @@ def test_imports_go_downwards_only_and_siblings_stay_apart() -> None:
                 continue
             other = room_of(module)
             root_names = other == "" and own in ("cli", "__main__", "commands")
-            if own == other or root_names or (own, module) in ALLOWED_SIBLINGS:
+            if own == other or root_names or is_allowed_sibling(path, module):
                 continue
             if own == "" or LEVELS[other] >= LEVELS[own]:
                 lazily_named = own == "" and is_only_for_types(path, line)

@@ -72,7 +72,7 @@ def _sections(data: Mapping[str, object], missing: Mapping[str, str]) -> tuple[S
     kernels = data["kernels"]
     assert isinstance(kernels, list)
     rows = tuple(
-        (str(each["name"]), str(each["dtype"]), f"{each['error']:.1e}", "right" if each["passed"] else "WRONG")
+        (each["name"], f"{each['worst_relative_error']:.1e}", "right" if each["passed"] else "WRONG")
         for each in kernels
     )
     sections: list[Section] = [
@@ -81,7 +81,7 @@ def _sections(data: Mapping[str, object], missing: Mapping[str, str]) -> tuple[S
         KeyValues("Folders", pairs=folders),
     ]
     if rows:
-        columns = ("op", "dtype", "largest relative error", "")
+        columns = ("op", "largest relative error", "verdict")
         sections.append(Table("Kernels against their references", columns=columns, rows=rows, text_columns=columns))
     if missing:
         sections.append(KeyValues("Not installed, needed only for", pairs=tuple(missing.items())))
@@ -160,8 +160,8 @@ def _folders(problems: list[str]) -> dict[str, object]:
 def _kernels(problems: list[str], packages: Mapping[str, str | None]) -> list[dict[str, object]]:
     if packages["torch"] is None or any(text.startswith("torch does not load") for text in problems):
         return []
-    from mfext.commands.kernel_check import check_kernels
+    from mfext_kernels.checks import self_check
 
-    checks = check_kernels()
-    problems += [f"{check.name} in {check.dtype} is wrong by {check.error:.1e}" for check in checks if not check.passed]
-    return [{**asdict(check), "passed": check.passed} for check in checks]
+    checks = self_check()
+    problems += [f"wrong kernel: {check.detail}" for check in checks if not check.passed]
+    return [asdict(check) for check in checks]
