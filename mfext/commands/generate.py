@@ -1,0 +1,82 @@
+"""`mfext generate`: text from a model, with cached decoding.
+
+prompts -> tokenizer -> ModuleFormer.generate -> report
+"""
+
+from __future__ import annotations
+
+import time
+
+from mfext.commands.evaluate import tokenizer_named
+from mfext.commands.models import OpenedModel, open_model
+from mfext.commands.setting import prepare_machine
+from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from mfext.errors import InputError
+from mfext.model.generate import Sampling, pad_left
+from mfext.report.report import Report, Section, Text
+from mfext.report.terminal import Console
+from mfext.requests import GenerateRequest, Invocation
+
+
+def run(request: GenerateRequest, invocation: Invocation) -> Report:
+    """Continue every prompt of the request; an empty prompt begins a document. Writes nothing."""
+    console = Console.of(invocation)
+    sampling = _sampling(request)
+    device = prepare_machine(invocation)
+    opened = open_model(request.model)
+    model, tokenizer = opened.model.to(device), _tokenizer(request, opened)
+    prompts = [[model.config.bos_id, *tokenizer.encode(prompt)] for prompt in request.prompts]
+    input_ids, attention_mask = pad_left(prompts, model.config.pad_id)
+    begun = time.monotonic()
+    rows = model.generate(input_ids, attention_mask, sampling, tokenizer.decode).rows
+    wall_s = time.monotonic() - begun
+    num_tokens = sum(len(row.tokens) for row in rows)
+    console.say(f"{num_tokens} tokens in {wall_s:.1f} s ({num_tokens / wall_s:.0f} per second)")
+    texts = [row.text or "" for row in rows]
+    data: dict[str, object] = {
+        "model": str(opened.folder),
+        "model_sha256": opened.sha256,
+        "tokenizer": tokenizer.name,
+        "continuations": [
+            {"prompt": prompt, "text": text, "finish": row.finish, "tokens": list(row.tokens)}
+            for prompt, text, row in zip(request.prompts, texts, rows, strict=True)
+        ],
+        "tokens": num_tokens,
+        "wall_s": wall_s,
+        "tokens_per_s": num_tokens / wall_s,
+    }
+    return Report("generate", data, "generate", sections=_sections(request.prompts, texts))
+
+
+def _sampling(request: GenerateRequest) -> Sampling:
+    try:
+        return Sampling(
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            top_k=request.top_k or 0,
+            top_p=request.top_p or 1.0,
+            stop_strings=request.stop,
+            seed=request.seed,
+        )
+    except ValueError as error:
+        raise InputError("cannot sample like this", "mfext generate", str(error)) from error
+
+
+def _tokenizer(request: GenerateRequest, opened: OpenedModel) -> Tokenizer:
+    """The tokenizer asked for, else the one beside the weights, else the one the folder names."""
+    beside = (opened.folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(
+        request.tokenizer or (str(opened.folder) if beside else tokenizer_named(opened.metadata))
+    )
+    config = opened.model.config
+    check_tokenizer(tokenizer, config.vocab_size, config.bos_id)
+    return tokenizer
+
+
+def _sections(prompts: tuple[str, ...], texts: list[str]) -> tuple[Section, ...]:
+    """Prompt and continuation as one text each; numbered where there are several."""
+    numbered = len(prompts) > 1
+    return tuple(
+        Text(f"prompt {number}" if numbered else "", ((prompt + text).expandtabs(4),))
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1)
+    )
