@@ -1,5 +1,11 @@
 """Kernels of mfext: routing bookkeeping, per-expert linear maps, stick-breaking attention.
 
 Each op is a folder: `__init__` the contract, `reference` the plain version, `cpu` the fast one.
-Imports torch only, never mfext.
+Imports torch only, never mfext. `self_check()` compares every fast version with its reference.
 """
+
+from __future__ import annotations
+
+from mfext_kernels.checks import CheckResult, self_check
+
+__all__ = ["CheckResult", "self_check"]

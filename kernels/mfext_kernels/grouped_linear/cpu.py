@@ -20,12 +20,16 @@ from mfext_kernels.routing import Dispatch
 
 def gather_linear(x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
     """rows[r] = x[token of r] @ W[expert of r]."""
+    if _one_token_without_gradient(dispatch, x_ND, *weights):
+        return torch.cat([torch.mm(x_ND, matrix) for matrix in _matrices(weights, dispatch)])
     rows_RF: Tensor = _GatherLinear.apply(x_ND, dispatch, *weights)  # type: ignore[no-untyped-call]
     return rows_RF
 
 
 def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
     """y[n] = sum_k gate[n, k] * rows[(n, k)] @ W[expert of (n, k)]."""
+    if _one_token_without_gradient(dispatch, rows_RF, gates_NK, *weights):
+        return _scatter_one_token(rows_RF, weights, gates_NK, dispatch)
     y_ND: Tensor = _ScatterLinear.apply(rows_RF, gates_NK, dispatch, *weights)  # type: ignore[no-untyped-call]
     return y_ND
 
@@ -34,12 +38,19 @@ def expert_feedforward(
     x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
 ) -> Tensor:
     """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
+    if _one_token_without_gradient(dispatch, x_ND, gates_NK, *up, *down):
+        hidden_RF = torch.cat([torch.mm(x_ND, matrix) for matrix in _matrices(up, dispatch)])
+        return _scatter_one_token(F.gelu(hidden_RF, approximate="tanh"), down, gates_NK, dispatch)
     y_ND: Tensor = _ExpertFeedforward.apply(x_ND, gates_NK, dispatch, len(up), *up, *down)  # type: ignore[no-untyped-call]
     return y_ND
 
 
 def order_rows(rows_RF: Tensor, dispatch: Dispatch) -> Tensor:
     """Sorted rows -> (N, K, F)."""
+    if not (torch.is_grad_enabled() and rows_RF.requires_grad):
+        return rows_RF.index_select(0, dispatch.inverse_R).view(
+            dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:]
+        )
     rows: Tensor = _Permute.apply(rows_RF, dispatch.inverse_R, dispatch.order_R)  # type: ignore[no-untyped-call]
     return rows.view(dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:])
 
@@ -48,6 +59,29 @@ def sort_rows(rows_NKF: Tensor, dispatch: Dispatch) -> Tensor:
     """(N, K, F) -> sorted rows."""
     rows: Tensor = _Permute.apply(rows_NKF.flatten(0, 1), dispatch.order_R, dispatch.inverse_R)  # type: ignore[no-untyped-call]
     return rows
+
+
+def _one_token_without_gradient(dispatch: Dispatch, *tensors: Tensor) -> bool:
+    """Decoding one sequence: so little arithmetic that the number of calls is the time."""
+    if dispatch.num_tokens != 1:
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _matrices(weights: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
+    """The matrix of each sorted row."""
+    if len(weights) == 1:
+        return [weights[0][number] for number, size in enumerate(dispatch.sizes) if size for _ in range(size)]
+    located = _experts(weights, dispatch.sizes)
+    return [weights[stack][expert] for stack, expert, first, last in located for _ in range(first, last)]
+
+
+def _scatter_one_token(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
+    gated_RF = rows_RF * gates_NK[0].index_select(0, dispatch.order_R).unsqueeze(1)
+    products = [
+        torch.mm(row, matrix) for row, matrix in zip(torch.split(gated_RF, 1), _matrices(weights, dispatch), strict=True)
+    ]
+    return products[0] if len(products) == 1 else sum(products[1:], start=products[0])
 
 
 class _Permute(torch.autograd.Function):

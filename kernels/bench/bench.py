@@ -1,0 +1,182 @@
+"""Measure mfext against its speed targets: `python kernels/bench/bench.py` (about four minutes on one thread).
+
+Prints one line per target, hit or MISSED, writes them as JSON, and ends with 1 if one was missed, 2 if a kernel
+or the model is wrong (nothing is timed then). Config S, random data, one thread, process CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+import contestants
+import torch
+from measure import ROOT, child_peak_mb, interleaved_ms, surroundings
+
+from mfext_kernels import self_check
+
+SHAPES = {256: 8, 512: 8, 1024: 2, 2048: 1}  # length: batch
+TRAIN_AT_LEAST = {256: 1.5, 512: 5.0, 1024: 9.0, 2048: 17.0}
+EVALUATE_AT_LEAST = {256: 3.3, 512: 8.0, 1024: 15.0, 2048: 27.0}
+DECODE_AT_LEAST = {128: 5.0, 512: 6.0, 2016: 25.0}
+EXPERTS_AT_MOST = {32: 1.25, 64: 1.35}
+MEMORY_AT_LEAST = {512: 3.5, 2048: 8.0}
+ATTENTION_AT_MOST = 1.3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure against its target. `ratio` is compared with `target` in the direction of `rule`.
+
+    `counts` is False for a figure that is reported beside the targets and decides nothing.
+    """
+
+    number: int
+    what: str
+    ours: float
+    other: float
+    unit: str
+    ratio: float
+    rule: str
+    target: float
+    counts: bool = True
+
+    @property
+    def share(self) -> float:
+        """How much of the target is reached; 1 and more is a hit."""
+        return self.ratio / self.target if self.rule == "at least" else self.target / self.ratio
+
+    @property
+    def verdict(self) -> str:
+        return "hit" if self.share >= 1 else "MISSED"
+
+    def line(self) -> str:
+        note = "" if self.counts else "  (reported, not a target)"
+        return (
+            f"{self.number}  {self.what:<52} {self.ours:>9.1f} {self.other:>9.1f} {self.unit:<8}"
+            f"{self.ratio:>7.2f}x  {self.rule} {self.target:<5g} {self.share:>5.0%}  {self.verdict}{note}"
+        )
+
+
+def whole_model() -> Iterator[Row]:
+    """Targets 1 and 2: train step and evaluation forward against the published formulation."""
+    mine, theirs = contestants.ours(), contestants.published()
+    for length, batch in SHAPES.items():
+        ids, targets = (torch.randint(0, 512, (batch, length)) for _ in range(2))
+        times = (5, 3) if length <= 256 else (5, 1)
+        fast, slow = interleaved_ms(lambda: mine.evaluate(ids), lambda: theirs.evaluate(ids), *times)
+        target = EVALUATE_AT_LEAST[length]
+        yield Row(2, f"eval forward {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target)
+        fast, slow = interleaved_ms(
+            lambda: mine.train_step(ids, targets), lambda: theirs.train_step(ids, targets), *times
+        )
+        target = TRAIN_AT_LEAST[length]
+        yield Row(1, f"train step {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target)
+
+
+def attention() -> Iterator[Row]:
+    """Target 3: forward and backward against softmax SDPA; and where sticks last, which random data never shows."""
+    for lasting in (False, True):
+        for length in (512, 1024, 2048):
+            batch = SHAPES[length]
+            fast, soft = interleaved_ms(*contestants.attention(batch, length, lasting), 7, 7)
+            name = f"attention {batch} x {length} / softmax SDPA" + (", lasting sticks" if lasting else "")
+            yield Row(3, name, fast, soft, "ms", fast / soft, "at most", ATTENTION_AT_MOST, counts=not lasting)
+
+
+def experts() -> Iterator[Row]:
+    """Target 4: the expert layer against a dense layer of equal active FLOPs."""
+    for num_experts, target in EXPERTS_AT_MOST.items():
+        fast, dense = interleaved_ms(*contestants.expert_layer(num_experts), 11, 11)
+        yield Row(
+            4, f"experts E {num_experts}, K 2, 4096 tokens / dense", fast, dense, "ms", fast / dense, "at most", target
+        )
+
+
+def memory() -> Iterator[Row]:
+    """Target 6: peak memory of one train step over process start, each in a process of its own."""
+    for length, target in MEMORY_AT_LEAST.items():
+        fast, slow = (child_peak_mb(["--peak-of", which, "--length", str(length)]) for which in ("ours", "published"))
+        name = f"peak training memory {SHAPES[length]} x {length} / published"
+        yield Row(6, name, fast, slow, "MB", slow / fast, "at least", target)
+
+
+def decoding() -> Iterator[Row]:
+    """Target 7: tokens per second after a prompt, one sequence."""
+    mine, theirs = contestants.ours(), contestants.published()
+    count = 16
+    for prompt, target in DECODE_AT_LEAST.items():
+        ids = torch.randint(0, 512, (1, prompt))
+        fast, slow = interleaved_ms(mine.prefill(ids, count), theirs.prefill(ids, count), 7, 3)
+        per_second = [count * 1e3 / each for each in (fast, slow)]
+        yield Row(7, f"decode after {prompt} / published", *per_second, "tokens/s", slow / fast, "at least", target)
+
+
+PARTS = {"model": whole_model, "attention": attention, "experts": experts, "memory": memory, "decode": decoding}
+
+
+def faults() -> list[str]:
+    """What must be right before anything is timed: every kernel, and the model against the published formulation."""
+    wrong = [result.detail for result in self_check() if not result.passed]
+    ids = torch.randint(0, 512, (2, 130))
+    mine, theirs = (make().evaluate(ids) for make in (contestants.ours, contestants.published))
+    error = float((mine - theirs).abs().max() / theirs.abs().max())
+    if not error < 1e-4:
+        wrong.append(f"config S: logits differ from the published formulation's by {error:.1e} of the largest")
+    return wrong
+
+
+def report_peak(which: str, length: int) -> None:
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contestant = contestants.ours() if which == "ours" else contestants.published()
+    ids, targets = (torch.randint(0, 512, (SHAPES[length], length)) for _ in range(2))
+    contestant.train_step(ids, targets)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+    print(json.dumps({"peak_mb": peak * 1024 / 1e6}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "results" / "bench.json", help="where the JSON goes"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="measure these parts alone")
+    parser.add_argument("--peak-of", choices=["ours", "published"], help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, default=512, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if arguments.peak_of:
+        report_peak(arguments.peak_of, arguments.length)
+        return 0
+    wrong = faults()
+    if wrong:
+        print("nothing was timed, because results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
+        return 2
+    about = surroundings()
+    print("  ".join(f"{name}: {value}" for name, value in about.items()))
+    print(f"   {'what':<52} {'ours':>9} {'other':>9}")
+    rows = []
+    for name in arguments.only:
+        for row in PARTS[name]():
+            rows.append(row)
+            print(row.line(), flush=True)
+    missed = [row.what for row in rows if row.counts and row.verdict != "hit"]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    results = [asdict(row) | {"share": row.share, "verdict": row.verdict} for row in rows]
+    arguments.out.write_text(json.dumps({"surroundings": about, "missed": missed, "rows": results}, indent=1) + "\n")
+    print(f"{len(missed)} MISSED: {'; '.join(missed)}" if missed else "every target hit")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
