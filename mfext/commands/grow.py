@@ -18,7 +18,7 @@ from mfext import __version__
 from mfext.commands.growing import Grown, grow_model, reservoir_of, restore_growth
 from mfext.commands.measuring import Column, Moment, measure, prepare_columns
 from mfext.commands.models import OpenedModel, model_tensors, open_model
-from mfext.commands.outcome import plan_report, run_report, write_reports
+from mfext.commands.outcome import growth_plan, run_report, write_reports
 from mfext.commands.pretrain import default_base, open_run
 from mfext.commands.setting import (
     DomainRecord,
@@ -29,7 +29,7 @@ from mfext.commands.setting import (
     record_of,
     records_of,
 )
-from mfext.commands.staging import StageWork, train_stage
+from mfext.commands.staging import StageWork, peak_memory_bytes, train_stage
 from mfext.config import Recipe
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
@@ -38,6 +38,7 @@ from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from mfext.errors import InputError
 from mfext.growth.plan import plan_growth
 from mfext.model.moduleformer import ModuleFormer
+from mfext.recipe import config_hash
 from mfext.report.report import Report
 from mfext.report.terminal import Console
 from mfext.requests import Invocation
@@ -76,10 +77,10 @@ def run(recipe: Recipe, invocation: Invocation) -> Report:
     tokenizer = load_tokenizer(recipe.tokenizer)
     (new,) = load_domains([recipe.domain], console)
     if invocation.dry_run and recipe.base is None:
-        return plan_report(recipe, plan_growth(recipe.default_base.model, recipe.growth, new.name))
+        return growth_plan(recipe, plan_growth(recipe.default_base.model, recipe.growth, new.name))
     base = _open_base(recipe, out, resume, console)
     if invocation.dry_run:
-        return plan_report(recipe, plan_growth(base.model.config, recipe.growth, new.name))
+        return growth_plan(recipe, plan_growth(base.model.config, recipe.growth, new.name))
     check_tokenizer(tokenizer, base.model.config.vocab_size)
     scene = _set_scene(recipe, base, tokenizer, new, console)
     if recipe.method == "grow":
@@ -95,7 +96,7 @@ def run(recipe: Recipe, invocation: Invocation) -> Report:
         _prove_frozen(recipe, base_stage, grown_stage, opened)
         moment = Moment(NEW_STAGE, grown_stage.name, recipe.training.steps, after.sha256, recipe.seed)
         _measure_stage(after.model, columns, moment, (recipe, opened, console))
-        return write_reports(opened, run_report(opened, "grow", recipe))
+        return write_reports(opened, run_report(opened, "grow", recipe), recipe.seed, config_hash(recipe))
 
 
 def _out_folder(recipe: Recipe) -> Path:
@@ -199,6 +200,7 @@ def _learn(recipe: Recipe, base: OpenedModel, scene: Scene, opened: Run, console
         "wall_s": result.wall_s,
         "tokens_per_s": result.tokens / max(result.wall_s, 1e-9),
         "skipped_windows": result.skipped_windows,
+        "peak_bytes": peak_memory_bytes(),
         "stage_wall_s": time.monotonic() - begun,
         **grown.facts,
     }

@@ -111,7 +111,8 @@ def _open_always(model: ModuleFormer) -> None:
 
 def _new_windows(stream: TokenStream, count: int) -> Windows:
     """Windows of the new domain, the first of the stage's own order."""
-    batches, taken = [], 0
+    batches: list[Mapping[str, Tensor]] = []
+    taken = 0
     while taken < count:
         batches.append(stream.batch(len(batches)))
         taken += batches[-1]["input_ids"].shape[0]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import torch
 
 from mfext import __version__
 from mfext.commands.measuring import Column, Moment, measure, prepare_columns
-from mfext.commands.models import model_tensors
+from mfext.commands.models import model_tensors, open_model
 from mfext.commands.outcome import run_report, write_reports
 from mfext.commands.setting import check_domains, load_domains, pack_train, prepare_machine, record_of
-from mfext.commands.staging import StageWork, train_stage
+from mfext.commands.staging import StageWork, peak_memory_bytes, train_stage
 from mfext.config import Recipe
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
@@ -28,7 +27,8 @@ from mfext.errors import InputError
 from mfext.growth.plan import count_parameters
 from mfext.model.moduleformer import ModuleFormer
 from mfext.paths import cache_folder
-from mfext.recipe import recipe_to_mapping
+from mfext.recipe import config_hash, recipe_to_mapping
+from mfext.report.planning import plan_report
 from mfext.report.report import Report
 from mfext.report.terminal import Console
 from mfext.requests import Invocation
@@ -52,7 +52,7 @@ def run(recipe: Recipe, invocation: Invocation) -> Report:
     )
     with open_run(out, recipe, invocation.resume is not None) as opened:
         pretrain(recipe, domains, tokenizer, opened, console)
-        return write_reports(opened, run_report(opened, "pretrain", recipe))
+        return write_reports(opened, run_report(opened, "pretrain", recipe), recipe.seed, config_hash(recipe))
 
 
 def planned(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer) -> Report:
@@ -74,12 +74,7 @@ def planned(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer) -> 
         "disk_bytes": counts["total"] * 4 * 4,
         "memory_bytes": counts["total"] * 4 * 4,
     }
-    return Report(
-        "pretrain",
-        data,
-        "pretrain (dry run)",
-        (f"would train {counts['total']:,} parameters for {training.steps:,} steps on {', '.join(bytes_)}",),
-    )
+    return plan_report("pretrain", data)
 
 
 def open_run(path: Path, recipe: Recipe, resume: bool) -> Run:
@@ -104,8 +99,6 @@ def pretrain(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, op
         column for column in prepare_columns(domains, tokenizer, recipe.evaluation) if column.domain not in measured
     ]
     if columns:
-        from mfext.commands.models import open_model
-
         loaded = open_model(stage.folder)
         moment = Moment(STAGE, STAGE_NAME, base.training.steps, loaded.sha256, recipe.seed)
         rows, details = measure(loaded.model, columns, moment, recipe.evaluation, console.say)
@@ -125,7 +118,6 @@ def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, open
         stage=STAGE,
     )
     module = ContinualModuleFormer(model, base.training, Full())
-    begun = time.monotonic()
     result = train_stage(module, stream, StageWork(STAGE, STAGE_NAME, base.training, {}, {}), recipe, opened, console)
     tensors = model_tensors(model)
     records = [record_of(each).to_json() for each in domains]
@@ -135,7 +127,10 @@ def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, open
         "method": "pretrain",
         "domains": [each["name"] for each in records],
         "tokens": result.tokens,
-        "wall_s": time.monotonic() - begun,
+        "trainable": sum(tensor.numel() for tensor in tensors.values()),
+        "wall_s": result.wall_s,
+        "tokens_per_s": result.tokens / max(result.wall_s, 1e-9),
+        "peak_bytes": peak_memory_bytes(),
         "sha256": model_hash(tensors),
     }
     metadata = {

@@ -57,7 +57,7 @@ def load_domains(references: Iterable[str], console: Console) -> tuple[Domain, .
         name: EmbeddedSettings.from_mapping(values, f"conf/domain/{name}.yaml")
         for name, values in known_domains().items()
     }
-    domains = []
+    domains: list[Domain] = []
     for reference in dict.fromkeys(references):
         domain = load_domain(reference, known=known, cache_folder=cache_folder() / "domains")
         if any(domain.name == other.name for other in domains):

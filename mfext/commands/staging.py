@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,3 +58,9 @@ def train_stage(
     if result.skipped_windows:
         console.warn(f"{work.name}: {result.skipped_windows} windows with non-finite losses or gradients were dropped")
     return result
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,6 +6,7 @@ negatives. Thresholds come from probes held out of that training.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -94,9 +95,7 @@ def _fit(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.05
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     num_negative = int(settings.batch_size * settings.negatives_share)
     num_new = (settings.batch_size - num_negative) // 2
     for _ in range(settings.steps):
@@ -125,6 +124,12 @@ def _fit(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate: warm-up over the first twentieth, then a cosine to zero."""
+    warm = max(1, steps // 20)
+    return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
 
 
 def _draw(windows: Windows, count: int, generator: torch.Generator) -> Windows:

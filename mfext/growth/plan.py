@@ -9,6 +9,7 @@ import torch
 
 from mfext.config import DomainGateConfig, ExpertInitialisation, GenerationConfig, GrowthConfig, ModelConfig
 from mfext.errors import InputError
+from mfext.model.domain_gate import DomainGate
 from mfext.model.moduleformer import ModuleFormer
 
 
@@ -138,6 +139,15 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
         counts[generation.name] = sum(size for name, size in shapes.items() if name.startswith(prefix))
     total = sum(shapes.values())
     return {"total": total, "active_per_token": total - _idle(config, shapes), **counts}
+
+
+def gate_parameters(config: ModelConfig) -> int:
+    """Parameters of the newest generation's domain gate: trained before its experts, frozen while they learn."""
+    gate = config.generations[-1].gate if config.generations else None
+    if gate is None:
+        return 0
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DomainGate(gate, config.vocab_size).parameters())
 
 
 def _idle(config: ModelConfig, shapes: Mapping[str, int]) -> int:

@@ -49,7 +49,7 @@ def self_probes(model: ModuleFormer, num: int, length: int, seed: int) -> Window
     samples = []
     for position, (part, opened) in enumerate(zip(parts, [None, *gated], strict=True)):
         with _held_open(model, opened):
-            samples.append(sample_documents(model, len(part), length, seed + position))
+            samples.append(sample_documents(model, len(part), length, seed + position, batch=256))
     ids = torch.cat([sample for sample in samples if len(sample)])
     return Windows(ids, document_starts(ids, config.bos_id))
 

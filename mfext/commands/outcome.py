@@ -1,0 +1,216 @@
+"""From a run's raw ledger and commits to its stable JSON, and to a report written beside them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mfext import __version__
+from mfext.commands.setting import records_of
+from mfext.config import ModelConfig, Recipe
+from mfext.conversion import from_mapping
+from mfext.growth.plan import Plan, count_parameters, gate_parameters
+from mfext.metrics.bootstrap import Interval, mean_interval, pair_rows, paired_interval
+from mfext.metrics.ledger import Ledger, LedgerRow
+from mfext.metrics.transfer import TransferMatrix
+from mfext.metrics.transfer import measure as transfer_metrics
+from mfext.report import sections
+from mfext.report.as_json import to_json
+from mfext.report.extras import extras_of
+from mfext.report.html import to_html
+from mfext.report.markdown import to_markdown
+from mfext.report.planning import plan_report
+from mfext.report.report import Report
+from mfext.store import MODEL_TYPE, Run, Stage, read_json_object
+
+FORMAT_KEYS = ("model_type", "format_version")
+BYTES = 4
+
+
+def run_data(opened: Run, recipe: Recipe) -> dict[str, object]:
+    """The stable JSON of a pretrain or grow run (cli contract), from its ledger and commits alone.
+
+    Losses and changes are in nats per byte.
+    """
+    stages = opened.stages()
+    ledger = Ledger.from_json(opened.read_ledger())
+    last = stages[-1]
+    base_domains = [each.name for each in records_of(stages[0].manifest.metadata)]
+    learned = {name: stage.index for stage in stages[1:] for name in [stage.name]}
+    bystanders = list(dict.fromkeys(row.domain for row in ledger if row.domain not in (*base_domains, *learned)))
+    measured_base = [name for name in base_domains if ledger.at(0, name, recipe.evaluation.split) is not None]
+    matrix = TransferMatrix.from_ledger(ledger, measured_base, learned, bystanders, recipe.evaluation.split)
+    facts = last.manifest.metadata.get("facts")
+    facts = facts if isinstance(facts, dict) else {}
+    proof = _read(opened.path / "frozen.json")
+    return {
+        "run": str(opened.path),
+        "model": str(last.folder),
+        "method": recipe.method if len(stages) > 1 else "pretrain",
+        "mode": recipe.growth.mode if len(stages) > 1 and recipe.method == "grow" else None,
+        "domains": list(matrix.domains),
+        "stages": [_stage_entry(stage) for stage in stages],
+        "matrix": {"nll_per_byte": [list(row) for row in matrix.nll_per_byte], "split": recipe.evaluation.split},
+        "forgetting": _changes(ledger, matrix, matrix.old_domains() if len(stages) > 1 else (), recipe),
+        "bystanders": _changes(ledger, matrix, bystanders if len(stages) > 1 else (), recipe),
+        "learned": {
+            name: {"before": matrix.at(index - 1, name), "after": matrix.at(index, name)}
+            for name, index in learned.items()
+        },
+        "metrics": {name: value.to_json() for name, value in transfer_metrics(matrix).items()},
+        "params": _parameters(last, facts),
+        "frozen_ok": proof.get("frozen_ok"),
+        "frozen_tensors": proof.get("frozen_tensors"),
+        "detach_equals_base": proof.get("detach_equals_base"),
+        "identity_at_growth": facts.get("identity_at_growth"),
+        "gate": facts.get("gate"),
+        "skipped_windows": facts.get("skipped_windows", 0),
+        "tokens": facts.get("tokens"),
+        "wall_s": facts.get("wall_s"),
+        "tokens_per_s": facts.get("tokens_per_s"),
+    }
+
+
+def run_report(opened: Run, verb: str, recipe: Recipe) -> Report:
+    """The report of a run, from what is stored in it."""
+    data = run_data(opened, recipe)
+    return sections.run_report(verb, data, extras_of(data, _raw(opened, recipe)))
+
+
+def _raw(opened: Run, recipe: Recipe) -> dict[str, object]:
+    """What a report shows beside the stable JSON: curves, usage, lineage, environment (plain JSON)."""
+    stages = opened.stages()
+    return {
+        "curves": {stage.name: _curve(opened.log_folder / f"{stage.index:03d}-{stage.name}") for stage in stages},
+        "details": {stage.name: _read(opened.path / f"details-{stage.index:03d}.json") for stage in stages},
+        "lineage": stages[-1].manifest.metadata.get("lineage", []),
+        "environment": dict(stages[-1].manifest.environment),
+        "facts": {
+            row.domain: _measured(row)
+            for row in Ledger.from_json(opened.read_ledger())
+            if row.split == recipe.evaluation.split
+        },
+    }
+
+
+def write_reports(opened: Run, report: Report, seed: int, config_hash: str) -> Report:
+    """Write report.html, report.md and metrics.json into the run; the report itself."""
+    data = {"mfext_version": __version__, "seed": seed, "config_hash": config_hash, **report.data}
+    complete = replace(report, data=data)
+    opened.write_report_file("report.html", to_html(complete))
+    opened.write_report_file("report.md", to_markdown(complete))
+    opened.write_report_file("metrics.json", to_json(complete) + "\n")
+    return complete
+
+
+def growth_plan(recipe: Recipe, plan: Plan) -> Report:
+    """What `grow` would do: operations, parameters by part, tokens, memory and disk."""
+    counts, training = plan.parameters(), recipe.training
+    grows = recipe.method == "grow"
+    total = counts["after"] if grows else counts["before"]
+    trainable = counts["added"] if grows else counts["before"]
+    generation = plan.after.generations[-1]
+    if grows and generation.gate is not None:
+        trainable -= gate_parameters(plan.after)
+    data: dict[str, object] = {
+        "dry_run": True,
+        "method": recipe.method,
+        "plan": plan.to_json() if grows else {"operations": []},
+        "params": {
+            "total": total,
+            "trainable": trainable,
+            "frozen": total - trainable,
+            "added": counts["added"] if grows else 0,
+            "active_per_token": counts["active_after"] if grows else counts["active_before"],
+        },
+        "steps": training.steps,
+        "tokens": training.steps * training.batch_size * training.sequence_length,
+        "memory_bytes": BYTES * (total + 3 * trainable),
+        "disk_bytes": BYTES * (counts["before"] + total + 6 * trainable),
+    }
+    return plan_report("grow", data)
+
+
+def _measured(row: LedgerRow) -> dict[str, object]:
+    kept = ("split", "documents", "bytes", "tokens", "split_sha256")
+    return {key: getattr(row, key) for key in kept}
+
+
+def _changes(ledger: Ledger, matrix: TransferMatrix, domains: Sequence[str], recipe: Recipe) -> dict[str, object]:
+    """Last stage minus the stage before anything new was learned, per domain and in the mean, with intervals."""
+    settings = recipe.evaluation
+    pairs, entries = [], {}
+    for domain in domains:
+        before, after = _row(ledger, 0, domain, settings.split), _row(ledger, matrix.last, domain, settings.split)
+        if before is None or after is None:
+            entries[domain] = _entry(Interval(None, None, None, "not measured in both stages"))
+            continue
+        pair = pair_rows(before, after)
+        pairs.append(pair)
+        interval = paired_interval(
+            pair.nats_a, pair.nats_b, pair.bytes, samples=settings.bootstrap_samples, seed=recipe.seed
+        )
+        entries[domain] = _entry(interval)
+    if not pairs:
+        return {"domains": entries, "mean": _entry(Interval(None, None, None, "no domain to compare"))}
+    mean = mean_interval(pairs, samples=settings.bootstrap_samples, seed=recipe.seed)
+    return {"domains": entries, "mean": _entry(mean)}
+
+
+def _row(ledger: Ledger, stage: int, domain: str, split: str) -> LedgerRow | None:
+    return ledger.at(stage, domain, split)
+
+
+def _entry(interval: Interval) -> dict[str, object]:
+    entry: dict[str, object] = {"difference": interval.difference, "low": interval.low, "high": interval.high}
+    return entry if interval.reason is None else {**entry, "reason": interval.reason}
+
+
+def _parameters(stage: Stage, facts: Mapping[str, object]) -> dict[str, object]:
+    config = stage_config(stage)
+    counts = count_parameters(config)
+    added = sum(counts[each.name] for each in config.generations[-1:]) if facts.get("method") == "grow" else 0
+    return {
+        "total": counts["total"],
+        "trainable": facts.get("trainable", counts["total"]),
+        "active_per_token": counts["active_per_token"],
+        "added": added,
+    }
+
+
+def stage_config(stage: Stage) -> ModelConfig:
+    """The model config a committed stage holds."""
+    mapping = read_json_object(stage.folder / "config.json")
+    assert mapping.get("model_type") == MODEL_TYPE
+    plain = {key: value for key, value in mapping.items() if key not in FORMAT_KEYS}
+    return from_mapping(ModelConfig, plain, str(stage.folder / "config.json"))
+
+
+def _lineage_entry(stage: Stage) -> Mapping[str, object]:
+    """The last entry of a stage's lineage: the stage itself."""
+    lineage = stage.manifest.metadata.get("lineage")
+    entry = lineage[-1] if isinstance(lineage, list) and lineage else {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _stage_entry(stage: Stage) -> dict[str, object]:
+    kept = ("method", "domains", "tokens", "wall_s", "tokens_per_s", "trainable", "peak_bytes")
+    entry, counts = _lineage_entry(stage), count_parameters(stage_config(stage))
+    shown = {key: entry[key] for key in kept if key in entry}
+    sizes = {"total": counts["total"], "active_per_token": counts["active_per_token"]}
+    return {"name": stage.name, "index": stage.index, **shown, **sizes}
+
+
+def _read(path: Path) -> dict[str, object]:
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _curve(folder: Path) -> list[dict[str, float]]:
+    """Rows of a stage's metrics.csv as numbers; empty cells left out."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]

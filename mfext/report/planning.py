@@ -1,0 +1,45 @@
+"""What a verb would do, for --dry-run: parameters by part, steps and tokens, memory and disk."""
+
+from __future__ import annotations
+
+from mfext.report.quantities import count, size, whole
+from mfext.report.reading import Json, mapping, objects, text
+from mfext.report.reading import number as number_at
+from mfext.report.report import KeyValues, Report, Section, Table
+
+# What one CPU core of 2024 trains per second, in tokens times active parameters: sizes the guess, promises nothing.
+ACTIVE_TOKENS_PER_S = 6e9
+
+
+def plan_report(verb: str, data: Json) -> Report:
+    """The report of a dry run; nothing was built or written."""
+    trainable, steps = number_at(data, "params", "trainable"), number_at(data, "steps")
+    verdict = f"would train {count(trainable)} parameters for {whole(steps)} steps; nothing was written"
+    sections: list[Section] = []
+    operations = objects(data, "plan", "operations")
+    if operations:
+        rows = tuple((text(each, "operation"), _details(each)) for each in operations)
+        sections.append(Table("Plan", columns=("operation", "what"), rows=rows, text_columns=("operation", "what")))
+    parts = tuple((name.replace("_", " "), whole(number_at(data, "params", name))) for name in mapping(data, "params"))
+    sections.append(KeyValues("Parameters", pairs=parts))
+    sections.append(KeyValues("Cost", pairs=tuple(_cost(data))))
+    return Report(verb, data, f"mfext {verb} (dry run)", (verdict,), tuple(sections))
+
+
+def _details(operation: Json) -> str:
+    generation = mapping(operation, "generation")
+    if generation:
+        counts = ", ".join(f"{kind} {generation.get(kind)}" for kind in ("attention_experts", "feedforward_experts"))
+        return f"{text(generation, 'name')} ({text(generation, 'mode')}): {counts} per layer"
+    names = operation.get("generations")
+    return ", ".join(str(name) for name in names) if isinstance(names, list | tuple) else ""
+
+
+def _cost(data: Json) -> list[tuple[str, str]]:
+    tokens, active = number_at(data, "tokens"), number_at(data, "params", "active_per_token")
+    pairs = [("tokens", whole(tokens))]
+    if tokens and active:
+        minutes = tokens * active / ACTIVE_TOKENS_PER_S / 60
+        pairs.append(("time on one CPU core", f"about {max(1, round(minutes))} minutes (a guess from the size)"))
+    pairs += [("memory for weights and optimizer", size(number_at(data, "memory_bytes")))]
+    return [*pairs, ("disk", size(number_at(data, "disk_bytes")))]
