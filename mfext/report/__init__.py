@@ -1,0 +1,1 @@
+"""Results for people: terminal, JSON, Markdown and one HTML file. Only door to rich and jinja2."""
