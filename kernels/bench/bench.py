@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-import contestants
-import torch
-from measure import ROOT, child_peak_mb, interleaved_ms, surroundings
+import contestants  # noqa: E402
+import torch  # noqa: E402
+from measure import ROOT, child_peak_mb, interleaved_ms, peak_kb, surroundings  # noqa: E402
 
-from mfext_kernels import self_check
+from mfext_kernels import self_check  # noqa: E402
 
 SHAPES = {256: 8, 512: 8, 1024: 2, 2048: 1}  # length: batch
 TRAIN_AT_LEAST = {256: 1.5, 512: 5.0, 1024: 9.0, 2048: 17.0}
@@ -73,12 +73,11 @@ def whole_model() -> Iterator[Row]:
     for length, batch in SHAPES.items():
         ids, targets = (torch.randint(0, 512, (batch, length)) for _ in range(2))
         times = (5, 3) if length <= 256 else (5, 1)
-        fast, slow = interleaved_ms(lambda: mine.evaluate(ids), lambda: theirs.evaluate(ids), *times)
+        fast, slow = interleaved_ms(partial(mine.evaluate, ids), partial(theirs.evaluate, ids), *times)
         target = EVALUATE_AT_LEAST[length]
         yield Row(2, f"eval forward {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target)
-        fast, slow = interleaved_ms(
-            lambda: mine.train_step(ids, targets), lambda: theirs.train_step(ids, targets), *times
-        )
+        steps = partial(mine.train_step, ids, targets), partial(theirs.train_step, ids, targets)
+        fast, slow = interleaved_ms(*steps, *times)
         target = TRAIN_AT_LEAST[length]
         yield Row(1, f"train step {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target)
 
@@ -136,12 +135,11 @@ def faults() -> list[str]:
 
 
 def report_peak(which: str, length: int) -> None:
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = peak_kb()
     contestant = contestants.ours() if which == "ours" else contestants.published()
     ids, targets = (torch.randint(0, 512, (SHAPES[length], length)) for _ in range(2))
     contestant.train_step(ids, targets)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
-    print(json.dumps({"peak_mb": peak * 1024 / 1e6}))
+    print(json.dumps({"peak_mb": (peak_kb() - start) * 1024 / 1e6}))
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def child_peak_mb(arguments: list[str]) -> float:
     command = [sys.executable, str(ROOT / "kernels" / "bench" / "bench.py"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return float(json.loads(result.stdout.splitlines()[-1])["peak_mb"])
+
+
+def peak_kb() -> int:
+    """This process's largest resident memory so far. Not ru_maxrss where /proc has it: that outlives exec."""
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match.group(1)) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def surroundings() -> dict[str, object]:

@@ -41,13 +41,15 @@ def expert_feedforward(
     if _one_token_without_gradient(dispatch, x_ND, gates_NK, *up, *down):
         hidden_RF = torch.cat([torch.mm(x_ND, matrix) for matrix in _matrices(up, dispatch)])
         return _scatter_one_token(F.gelu(hidden_RF, approximate="tanh"), down, gates_NK, dispatch)
+    if not _needs_gradient(x_ND, gates_NK, *up, *down):
+        return _feed_forward((x_ND, gates_NK), up, down, dispatch, None)
     y_ND: Tensor = _ExpertFeedforward.apply(x_ND, gates_NK, dispatch, len(up), *up, *down)  # type: ignore[no-untyped-call]
     return y_ND
 
 
 def order_rows(rows_RF: Tensor, dispatch: Dispatch) -> Tensor:
     """Sorted rows -> (N, K, F)."""
-    if not (torch.is_grad_enabled() and rows_RF.requires_grad):
+    if not _needs_gradient(rows_RF):
         return rows_RF.index_select(0, dispatch.inverse_R).view(
             dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:]
         )
@@ -61,11 +63,13 @@ def sort_rows(rows_NKF: Tensor, dispatch: Dispatch) -> Tensor:
     return rows
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _one_token_without_gradient(dispatch: Dispatch, *tensors: Tensor) -> bool:
     """Decoding one sequence: so little arithmetic that the number of calls is the time."""
-    if dispatch.num_tokens != 1:
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    return dispatch.num_tokens == 1 and not _needs_gradient(*tensors)
 
 
 def _matrices(weights: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
@@ -79,7 +83,8 @@ def _matrices(weights: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
 def _scatter_one_token(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
     gated_RF = rows_RF * gates_NK[0].index_select(0, dispatch.order_R).unsqueeze(1)
     products = [
-        torch.mm(row, matrix) for row, matrix in zip(torch.split(gated_RF, 1), _matrices(weights, dispatch), strict=True)
+        torch.mm(row, matrix)
+        for row, matrix in zip(torch.split(gated_RF, 1), _matrices(weights, dispatch), strict=True)
     ]
     return products[0] if len(products) == 1 else sum(products[1:], start=products[0])
 
@@ -174,16 +179,9 @@ class _ExpertFeedforward(torch.autograd.Function):
     ) -> Tensor:
         up, down = weights[:num_stacks], weights[num_stacks:]
         ctx.dispatch, ctx.num_stacks = dispatch, num_stacks
-        num_rows = dispatch.num_tokens * dispatch.num_chosen
-        hidden_RF = x_ND.new_empty(num_rows, up[0].shape[2])
-        y_RD = x_ND.new_empty(num_rows, down[0].shape[2])
-        with torch.autocast(x_ND.device.type, enabled=False):
-            for stack, expert, first, last in _experts(up, dispatch.sizes):
-                x = x_ND.index_select(0, dispatch.tokens_R[first:last])
-                hidden = torch.mm(x, up[stack][expert], out=hidden_RF[first:last])
-                torch.mm(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
+        hidden_RF = x_ND.new_empty(dispatch.num_tokens * dispatch.num_chosen, up[0].shape[2])
         ctx.save_for_backward(x_ND, gates_NK, hidden_RF, *weights)
-        return _sum_chosen(y_RD, gates_NK, dispatch)
+        return _feed_forward((x_ND, gates_NK), up, down, dispatch, hidden_RF)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,6 +215,25 @@ class _ExpertFeedforward(torch.autograd.Function):
         grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if needed[1] else None
         grad_x_ND = _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None
         return grad_x_ND, grad_gates, None, None, *grads_up, *grads_down
+
+
+def _feed_forward(
+    x_gates: tuple[Tensor, Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    dispatch: Dispatch,
+    hidden_RF: Tensor | None,
+) -> Tensor:
+    """y_ND; the hidden rows before the activation are written to `hidden_RF` where backward will want them."""
+    x_ND, gates_NK = x_gates
+    y_RD = x_ND.new_empty(dispatch.num_tokens * dispatch.num_chosen, down[0].shape[2])
+    with torch.autocast(x_ND.device.type, enabled=False):
+        for stack, expert, first, last in _experts(up, dispatch.sizes):
+            x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+            out = None if hidden_RF is None else hidden_RF[first:last]
+            hidden = torch.mm(x, up[stack][expert], out=out)
+            torch.mm(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
+    return _sum_chosen(y_RD, gates_NK, dispatch)
 
 
 def gelu_with_slope(hidden: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
