@@ -229,3 +229,16 @@ def test_wrong_inputs_are_named() -> None:
         expert_feedforward(x, [up], [down], gates[:2], dispatch)
     with pytest.raises(ValueError, match="same stacks"):
         expert_feedforward(x, [up], list(down.split([1, 3])), gates, dispatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_without_gradients_the_same_values_come_out(tokens: int, name: str, dtype: torch.dtype) -> None:
+    dispatch = make_dispatch(choose("spread", tokens, 3, 6), 6)
+    inputs = [tensor.to(dtype) for tensor in inputs_of(name, dispatch, (4, 2), torch.float64)]
+    with torch.no_grad():
+        fast = every_op(2, dispatch, None)[name](*inputs)
+        slow = every_op(2, dispatch, "reference")[name](*(tensor.double() for tensor in inputs))
+    tolerance = 4 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else relative_tolerance(dtype)
+    assert_same([fast], [slow], tolerance)

@@ -59,6 +59,8 @@ def order_rows(rows_RF: Tensor, dispatch: Dispatch) -> Tensor:
 
 def sort_rows(rows_NKF: Tensor, dispatch: Dispatch) -> Tensor:
     """(N, K, F) -> sorted rows."""
+    if not _needs_gradient(rows_NKF):
+        return rows_NKF.flatten(0, 1).index_select(0, dispatch.order_R)
     rows: Tensor = _Permute.apply(rows_NKF.flatten(0, 1), dispatch.order_R, dispatch.inverse_R)  # type: ignore[no-untyped-call]
     return rows
 
@@ -68,8 +70,8 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _one_token_without_gradient(dispatch: Dispatch, *tensors: Tensor) -> bool:
-    """Decoding one sequence: so little arithmetic that the number of calls is the time."""
-    return dispatch.num_tokens == 1 and not _needs_gradient(*tensors)
+    """Decoding one sequence: so little arithmetic that the number of calls is the time. (bf16 must sum in fp32.)"""
+    return dispatch.num_tokens == 1 and tensors[0].dtype != torch.bfloat16 and not _needs_gradient(*tensors)
 
 
 def _matrices(weights: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
@@ -81,12 +83,12 @@ def _matrices(weights: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
 
 
 def _scatter_one_token(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    gated_RF = rows_RF * gates_NK[0].index_select(0, dispatch.order_R).unsqueeze(1)
-    products = [
-        torch.mm(row, matrix)
-        for row, matrix in zip(torch.split(gated_RF, 1), _matrices(weights, dispatch), strict=True)
-    ]
-    return products[0] if len(products) == 1 else sum(products[1:], start=products[0])
+    gated = torch.split(rows_RF * gates_NK.reshape(-1, 1).index_select(0, dispatch.order_R), 1)
+    matrices = _matrices(weights, dispatch)
+    y_ND = torch.mm(gated[0], matrices[0])
+    for row, matrix in zip(gated[1:], matrices[1:], strict=True):
+        y_ND.addmm_(row, matrix)
+    return y_ND
 
 
 class _Permute(torch.autograd.Function):

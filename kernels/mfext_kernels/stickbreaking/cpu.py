@@ -39,6 +39,8 @@ def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_
         return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)
     exact = _exact(q_BKHC.dtype)
     keys = k_BSHC.shape[1]
+    if starts_B is not None and int(starts_B.max()) <= 0:
+        starts_B = None
     with torch.autocast(q_BKHC.device.type, enabled=False):
         q_BHKC = (q_BKHC.to(exact) * -(q_BKHC.shape[-1] ** -0.5)).transpose(1, 2)
         if keys > 2 * TILE:
@@ -53,14 +55,16 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """o_BKHC over the keys from number `first` on, and how much stick each row has left before them."""
     k_BSHC, v_BSHC = (tensor[:, first:].to(q_BHKC.dtype) for tensor in keys_values)
-    left_BHKS = torch.matmul(q_BHKC, k_BSHC.permute(0, 2, 3, 1)).sigmoid_()
+    left = torch.bmm(q_BHKC.flatten(0, 1), k_BSHC.permute(0, 2, 3, 1).flatten(0, 1)).sigmoid_()
+    left_BHKS = left.view(*q_BHKC.shape[:3], -1)
     if starts_B is not None:
         keys_S = torch.arange(first, first + k_BSHC.shape[1], device=k_BSHC.device)
         left_BHKS.masked_fill_((keys_S < starts_B.unsqueeze(1))[:, None, None, :], 1.0)
     # From the newest key c_0 = p_0, c_1 = p_0 p_1, ...; in the keys' own order that is a_j = c_{j+1} - c_j.
     stick_BHKS = left_BHKS.flip(-1).cumprod_(-1).flip(-1)
     weights_BHKS = torch.diff(stick_BHKS, dim=-1, append=torch.ones_like(stick_BHKS[..., :1]))
-    return torch.matmul(weights_BHKS, v_BSHC.transpose(1, 2)).transpose(1, 2), stick_BHKS[..., 0]
+    o_BHKC = torch.bmm(weights_BHKS.flatten(0, 1), v_BSHC.transpose(1, 2).flatten(0, 1)).view_as(q_BHKC)
+    return o_BHKC.transpose(1, 2), stick_BHKS[..., 0]
 
 
 class _Stickbreaking(torch.autograd.Function):
