@@ -35,6 +35,10 @@ class Invocation:
             raise ValueError(f"threads={self.threads!r}: must be at least 1")
 
 
+DEFAULT_INVOCATION = Invocation()
+"""How a verb runs where nobody says: the default of every command's `run`."""
+
+
 @dataclass(frozen=True)
 class EvalRequest:
     """Losses and expert usage of a model on domains. `tokenizer` None takes the one named in the model folder."""

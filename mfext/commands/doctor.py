@@ -17,7 +17,7 @@ from pathlib import Path
 from mfext import __version__
 from mfext.paths import cache_folder, shipped_folder
 from mfext.report.report import KeyValues, Report, Section, Table
-from mfext.requests import DoctorRequest, Invocation
+from mfext.requests import DEFAULT_INVOCATION, DoctorRequest, Invocation
 
 NEEDED = (
     "torch",
@@ -39,7 +39,7 @@ OPTIONAL = {
 STOLEN = ("2.6.2", "2.6.3")
 
 
-def run(request: DoctorRequest, invocation: Invocation) -> Report:
+def run(request: DoctorRequest, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     """Look at the installation and the machine; never raises for what it finds."""
     packages = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     problems = [f"{name} is not installed" for name in NEEDED if packages[name] is None]

@@ -6,28 +6,28 @@ from collections.abc import Mapping
 
 from mfext.commands.measuring import Moment, measure, prepare_columns
 from mfext.commands.models import open_model
-from mfext.commands.setting import load_domains, prepare_machine
-from mfext.domains.tokenizer import check_tokenizer, load_tokenizer
+from mfext.commands.setting import load_domains, prepare_machine, tokenizer_of
+from mfext.conversion import to_mapping
 from mfext.metrics.ledger import LedgerRow
 from mfext.report.report import Report
 from mfext.report.sections import evaluation_report
 from mfext.report.terminal import Console
-from mfext.requests import EvalRequest, Invocation
+from mfext.requests import DEFAULT_INVOCATION, EvalRequest, Invocation
 
 
-def run(request: EvalRequest, invocation: Invocation) -> Report:
+def run(request: EvalRequest, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     """Losses of `request.model` on each domain's evaluation split, with usage and gate behaviour."""
     console = Console.of(invocation)
     device = prepare_machine(invocation)
     opened = open_model(request.model)
     model = opened.model.to(device)
-    tokenizer = load_tokenizer(request.tokenizer or tokenizer_named(opened.metadata))
-    check_tokenizer(tokenizer, model.config.vocab_size)
+    tokenizer = tokenizer_of(opened, request.tokenizer)
     domains = load_domains(request.domains, console)
     columns = prepare_columns(domains, tokenizer, request.evaluation)
     moment = Moment(0, opened.folder.name, 0, opened.sha256, request.seed)
     rows, details = measure(model, columns, moment, request.evaluation, console.say)
     data: dict[str, object] = {
+        "generations": to_mapping(model.config)["generations"],
         "model": str(opened.folder),
         "model_sha256": opened.sha256,
         "split": request.evaluation.split,
@@ -35,12 +35,6 @@ def run(request: EvalRequest, invocation: Invocation) -> Report:
         "usage": {name: detail["usage"] for name, detail in details.items()},
     }
     return evaluation_report(data)
-
-
-def tokenizer_named(metadata: Mapping[str, object]) -> str:
-    """The tokenizer a model folder records; bytes where it records none."""
-    named = metadata.get("tokenizer")
-    return named if isinstance(named, str) else "bytes"
 
 
 def _entry(row: LedgerRow, details: Mapping[str, object]) -> dict[str, object]:

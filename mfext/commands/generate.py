@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import time
 
-from mfext.commands.evaluate import tokenizer_named
-from mfext.commands.models import OpenedModel, open_model
-from mfext.commands.setting import prepare_machine
-from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from mfext.commands.models import open_model
+from mfext.commands.setting import prepare_machine, tokenizer_of
 from mfext.errors import InputError
 from mfext.model.generate import Sampling, pad_left
 from mfext.report.report import Report, Section, Text
 from mfext.report.terminal import Console
-from mfext.requests import GenerateRequest, Invocation
+from mfext.requests import DEFAULT_INVOCATION, GenerateRequest, Invocation
 
 
-def run(request: GenerateRequest, invocation: Invocation) -> Report:
+def run(request: GenerateRequest, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     """Continue every prompt of the request; an empty prompt begins a document. Writes nothing."""
     console = Console.of(invocation)
     sampling = _sampling(request)
     device = prepare_machine(invocation)
     opened = open_model(request.model)
-    model, tokenizer = opened.model.to(device), _tokenizer(request, opened)
+    model, tokenizer = opened.model.to(device), tokenizer_of(opened, request.tokenizer)
     prompts = [[model.config.bos_id, *tokenizer.encode(prompt)] for prompt in request.prompts]
     input_ids, attention_mask = pad_left(prompts, model.config.pad_id)
     begun = time.monotonic()
@@ -60,17 +58,6 @@ def _sampling(request: GenerateRequest) -> Sampling:
         )
     except ValueError as error:
         raise InputError("cannot sample like this", "mfext generate", str(error)) from error
-
-
-def _tokenizer(request: GenerateRequest, opened: OpenedModel) -> Tokenizer:
-    """The tokenizer asked for, else the one beside the weights, else the one the folder names."""
-    beside = (opened.folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(
-        request.tokenizer or (str(opened.folder) if beside else tokenizer_named(opened.metadata))
-    )
-    config = opened.model.config
-    check_tokenizer(tokenizer, config.vocab_size, config.bos_id)
-    return tokenizer
 
 
 def _sections(prompts: tuple[str, ...], texts: list[str]) -> tuple[Section, ...]:

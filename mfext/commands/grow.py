@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mfext import __version__
 from mfext.commands.growing import Grown, grow_model, reservoir_of, restore_growth
-from mfext.commands.measuring import Column, Moment, measure, prepare_columns
+from mfext.commands.measuring import Moment, measure_stage, prepare_columns
 from mfext.commands.models import OpenedModel, model_tensors, open_model
 from mfext.commands.outcome import growth_plan, run_report, write_reports
 from mfext.commands.pretrain import default_base, open_run
@@ -28,20 +28,21 @@ from mfext.commands.setting import (
     prepare_machine,
     record_of,
     records_of,
+    tokenizer_of,
+    tokenizer_reference,
 )
 from mfext.commands.staging import StageWork, peak_memory_bytes, train_stage
 from mfext.config import Recipe
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
 from mfext.domains.stream import TokenStream
-from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from mfext.domains.tokenizer import Tokenizer
 from mfext.errors import InputError
 from mfext.growth.plan import plan_growth
-from mfext.model.moduleformer import ModuleFormer
 from mfext.recipe import config_hash
 from mfext.report.report import Report
 from mfext.report.terminal import Console
-from mfext.requests import Invocation
+from mfext.requests import DEFAULT_INVOCATION, Invocation
 from mfext.store import Run, Stage, is_run_folder, model_hash, tensor_hashes
 from mfext.training.methods.method import method_named
 from mfext.training.module import ContinualModuleFormer
@@ -64,7 +65,7 @@ class Scene:
         return (*self.old, self.new, *self.bystanders)
 
 
-def run(recipe: Recipe, invocation: Invocation) -> Report:
+def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     """Grow the recipe's base by its domain; returns the forgetting report."""
     console = Console.of(invocation)
     prepare_machine(invocation, recipe)
@@ -74,28 +75,26 @@ def run(recipe: Recipe, invocation: Invocation) -> Report:
         out, resume = _out_folder(recipe), False
         if is_run_folder(out):
             raise InputError("this run exists", out, f"continue it with --resume {out}, or choose another --out")
-    tokenizer = load_tokenizer(recipe.tokenizer)
     (new,) = load_domains([recipe.domain], console)
     if invocation.dry_run and recipe.base is None:
         return growth_plan(recipe, plan_growth(recipe.default_base.model, recipe.growth, new.name))
     base = _open_base(recipe, out, resume, console)
     if invocation.dry_run:
         return growth_plan(recipe, plan_growth(base.model.config, recipe.growth, new.name))
-    check_tokenizer(tokenizer, base.model.config.vocab_size)
-    scene = _set_scene(recipe, base, tokenizer, new, console)
+    scene = _set_scene(recipe, base, new, console)
     if recipe.method == "grow":
         plan_growth(base.model.config, recipe.growth, new.name)
-    with open_run(out, replace(recipe, out=str(out)), resume) as opened:
+    with open_run(out, replace(recipe, out=str(out)), "grow", resume=resume) as opened:
         base_stage = _commit_base(opened, base, scene)
-        columns = prepare_columns(scene.domains, tokenizer, recipe.evaluation)
-        _measure_stage(
-            base.model, columns, Moment(BASE_STAGE, BASE_NAME, 0, base.sha256, recipe.seed), (recipe, opened, console)
-        )
+        columns = prepare_columns(scene.domains, scene.tokenizer, recipe.evaluation)
+        moment = Moment(BASE_STAGE, BASE_NAME, 0, base.sha256, recipe.seed)
+        measure_stage(base.model, columns, moment, recipe, opened, console)
         grown_stage = _stage(opened, NEW_STAGE) or _learn(recipe, base, scene, opened, console)
+        opened.clear_progress(NEW_STAGE)
         after = open_model(grown_stage.folder)
         _prove_frozen(recipe, base_stage, grown_stage, opened)
         moment = Moment(NEW_STAGE, grown_stage.name, recipe.training.steps, after.sha256, recipe.seed)
-        _measure_stage(after.model, columns, moment, (recipe, opened, console))
+        measure_stage(after.model, columns, moment, recipe, opened, console)
         return write_reports(opened, run_report(opened, "grow", recipe), recipe.seed, config_hash(recipe))
 
 
@@ -118,17 +117,19 @@ def _open_base(recipe: Recipe, out: Path, resume: bool, console: Console) -> Ope
     return open_model(recipe.base if recipe.base is not None else default_base(recipe, console))
 
 
-def _set_scene(recipe: Recipe, base: OpenedModel, tokenizer: Tokenizer, new: Domain, console: Console) -> Scene:
+def _set_scene(recipe: Recipe, base: OpenedModel, new: Domain, console: Console) -> Scene:
     references = recipe.old_domains or tuple(record.reference for record in records_of(base.metadata))
     if not references:
         console.warn(
             "the base's folder names no domains: forgetting is measured only on those given with old_domains=[...]"
         )
-    if recipe.domain in references or any(new.name == Path(each).name for each in references):
-        raise InputError(f"the base already knows '{new.name}'", "domain", "choose a domain it has not learned")
     old = load_domains(references, console)
+    if new.name in {each.name for each in old}:
+        raise InputError(f"the base already knows '{new.name}'", "domain", "choose a domain it has not learned")
     bystanders = load_domains([each for each in recipe.bystanders if each not in references], console)
-    scene = Scene(tokenizer, new, old, tuple(each for each in bystanders if each.name != new.name))
+    tokenizer = tokenizer_of(base, recipe.tokenizer)
+    taken = {new.name, *(each.name for each in old)}
+    scene = Scene(tokenizer, new, old, tuple(each for each in bystanders if each.name not in taken))
     check_domains(scene.domains)
     return scene
 
@@ -152,19 +153,6 @@ def _commit_base(opened: Run, base: OpenedModel, scene: Scene) -> Stage:
     return opened.commit_stage(
         BASE_STAGE, BASE_NAME, model_tensors(base.model), to_mapping(base.model.config), {}, metadata
     )
-
-
-def _measure_stage(
-    model: ModuleFormer, columns: tuple[Column, ...], moment: Moment, place: tuple[Recipe, Run, Console]
-) -> None:
-    """Append the stage's row to the ledger, unless it is there."""
-    recipe, opened, console = place
-    measured = {row["domain"] for row in opened.read_ledger() if row["stage"] == moment.stage}
-    missing = [column for column in columns if column.domain not in measured]
-    if missing:
-        rows, details = measure(model, missing, moment, recipe.evaluation, console.say)
-        opened.write_report_file(f"details-{moment.stage:03d}.json", json.dumps(details))
-        opened.append_ledger([row.to_json() for row in rows])
 
 
 def _learn(recipe: Recipe, base: OpenedModel, scene: Scene, opened: Run, console: Console) -> Stage:
@@ -204,16 +192,8 @@ def _learn(recipe: Recipe, base: OpenedModel, scene: Scene, opened: Run, console
         "stage_wall_s": time.monotonic() - begun,
         **grown.facts,
     }
-    stage = opened.commit_stage(
-        NEW_STAGE,
-        scene.new.name,
-        tensors,
-        to_mapping(model.config),
-        extra,
-        _metadata(base, scene, facts, tensors, recipe),
-    )
-    opened.clear_progress(NEW_STAGE)
-    return stage
+    metadata = _metadata(base, scene, facts, tensors, recipe)
+    return opened.commit_stage(NEW_STAGE, scene.new.name, tensors, to_mapping(model.config), extra, metadata)
 
 
 def _required(opened: Run, index: int) -> Stage:
@@ -239,7 +219,7 @@ def _metadata(
     return {
         "domains": [each.to_json() for each in records],
         "lineage": [*lineage, entry],
-        "tokenizer": recipe.tokenizer,
+        "tokenizer": tokenizer_reference(recipe.tokenizer),
         "seed": recipe.seed,
         "mfext_version": __version__,
         "facts": dict(facts),

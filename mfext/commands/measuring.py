@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from mfext.config import EvaluationConfig
+from mfext.config import EvaluationConfig, Recipe
 from mfext.domains.domain import Domain, first_documents, split_hash
 from mfext.domains.tokenizer import Tokenizer, encode_documents
 from mfext.errors import InputError
@@ -15,6 +16,8 @@ from mfext.metrics.ledger import LedgerRow
 from mfext.metrics.perplexity import Evaluation, Scoring, evaluate
 from mfext.metrics.usage import UsageCounter
 from mfext.model.moduleformer import ModuleFormer
+from mfext.report.terminal import Console
+from mfext.store import Run, read_json_object
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,21 @@ def measure(
         details[column.domain] = _details(evaluation)
         say(f"{moment.stage_name}: {column.domain} {evaluation.bits_per_byte or 0:.3f} bits per byte")
     return rows, details
+
+
+def measure_stage(
+    model: ModuleFormer, columns: Sequence[Column], moment: Moment, recipe: Recipe, opened: Run, console: Console
+) -> None:
+    """Append a stage's row to a run's ledger, and its usage and gates beside it; what is there stays."""
+    measured = {row["domain"] for row in opened.read_ledger() if row["stage"] == moment.stage}
+    missing = [column for column in columns if column.domain not in measured]
+    if not missing:
+        return
+    rows, details = measure(model, missing, moment, recipe.evaluation, console.say)
+    name = f"details-{moment.stage:03d}.json"
+    before = read_json_object(opened.path / name) if (opened.path / name).is_file() else {}
+    opened.write_report_file(name, json.dumps({**before, **details}))
+    opened.append_ledger([row.to_json() for row in rows])
 
 
 def _row(column: Column, evaluation: Evaluation, moment: Moment, wall_s: float) -> LedgerRow:

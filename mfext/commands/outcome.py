@@ -11,6 +11,7 @@ from mfext import __version__
 from mfext.commands.setting import records_of
 from mfext.config import ModelConfig, Recipe
 from mfext.conversion import from_mapping
+from mfext.errors import InputError
 from mfext.growth.plan import Plan, count_parameters, gate_parameters
 from mfext.metrics.bootstrap import Interval, mean_interval, pair_rows, paired_interval
 from mfext.metrics.ledger import Ledger, LedgerRow
@@ -27,14 +28,31 @@ from mfext.store import MODEL_TYPE, Run, Stage, read_json_object
 
 FORMAT_KEYS = ("model_type", "format_version")
 BYTES = 4
+STAGES_OF = {"pretrain": 1, "grow": 2}
+"""Stages of a finished run, by the verb that made it."""
 
 
-def run_data(opened: Run, recipe: Recipe) -> dict[str, object]:
+def verb_of(opened: Run) -> str:
+    """The verb that began a run: pretrain or grow."""
+    return str(opened.metadata.get("verb", "grow"))
+
+
+def measured_stages(opened: Run) -> list[Stage]:
+    """The run's committed stages as far as the ledger has them; InputError where it has none."""
+    num_stages = Ledger.from_json(opened.read_ledger()).num_stages
+    stages = [stage for stage in opened.stages() if stage.index < num_stages]
+    if not stages:
+        fix = f"continue the run with mfext {verb_of(opened)} --resume {opened.path}"
+        raise InputError("no stage of this run is measured yet", opened.path, fix)
+    return stages
+
+
+def run_data(opened: Run, recipe: Recipe, verb: str) -> dict[str, object]:
     """The stable JSON of a pretrain or grow run (cli contract), from its ledger and commits alone.
 
-    Losses and changes are in nats per byte.
+    Losses and changes are in nats per byte. Raises InputError where no stage is measured.
     """
-    stages = opened.stages()
+    stages = measured_stages(opened)
     ledger = Ledger.from_json(opened.read_ledger())
     last = stages[-1]
     base_domains = [each.name for each in records_of(stages[0].manifest.metadata)]
@@ -48,8 +66,10 @@ def run_data(opened: Run, recipe: Recipe) -> dict[str, object]:
     return {
         "run": str(opened.path),
         "model": str(last.folder),
-        "method": recipe.method if len(stages) > 1 else "pretrain",
-        "mode": recipe.growth.mode if len(stages) > 1 and recipe.method == "grow" else None,
+        "report": str(opened.path / "report.html"),
+        "finished": len(stages) == STAGES_OF[verb] and None not in matrix.nll_per_byte[-1],
+        "method": recipe.method if verb == "grow" else "pretrain",
+        "mode": recipe.growth.mode if verb == "grow" and recipe.method == "grow" else None,
         "domains": list(matrix.domains),
         "stages": [_stage_entry(stage) for stage in stages],
         "matrix": {"nll_per_byte": [list(row) for row in matrix.nll_per_byte], "split": recipe.evaluation.split},
@@ -75,13 +95,13 @@ def run_data(opened: Run, recipe: Recipe) -> dict[str, object]:
 
 def run_report(opened: Run, verb: str, recipe: Recipe) -> Report:
     """The report of a run, from what is stored in it."""
-    data = run_data(opened, recipe)
+    data = run_data(opened, recipe, verb)
     return sections.run_report(verb, data, extras_of(data, _raw(opened, recipe)))
 
 
 def _raw(opened: Run, recipe: Recipe) -> dict[str, object]:
     """What a report shows beside the stable JSON: curves, usage, lineage, environment (plain JSON)."""
-    stages = opened.stages()
+    stages = measured_stages(opened)
     return {
         "curves": {stage.name: _curve(opened.log_folder / f"{stage.index:03d}-{stage.name}") for stage in stages},
         "details": {stage.name: _read(opened.path / f"details-{stage.index:03d}.json") for stage in stages},

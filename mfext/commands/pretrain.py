@@ -8,17 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mfext import __version__
-from mfext.commands.measuring import Column, Moment, measure, prepare_columns
+from mfext.commands.measuring import Moment, measure_stage, prepare_columns
 from mfext.commands.models import model_tensors, open_model
-from mfext.commands.outcome import run_report, write_reports
-from mfext.commands.setting import check_domains, load_domains, pack_train, prepare_machine, record_of
+from mfext.commands.outcome import run_report, verb_of, write_reports
+from mfext.commands.setting import (
+    check_domains,
+    load_domains,
+    pack_train,
+    prepare_machine,
+    record_of,
+    tokenizer_reference,
+)
 from mfext.commands.staging import StageWork, peak_memory_bytes, train_stage
-from mfext.config import Recipe
+from mfext.config import Recipe, TrainerConfig
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
 from mfext.domains.stream import TokenStream
@@ -27,11 +35,11 @@ from mfext.errors import InputError
 from mfext.growth.plan import count_parameters
 from mfext.model.moduleformer import ModuleFormer
 from mfext.paths import cache_folder
-from mfext.recipe import config_hash, recipe_to_mapping
+from mfext.recipe import config_hash, recipe_from_mapping, recipe_to_mapping
 from mfext.report.planning import plan_report
 from mfext.report.report import Report
 from mfext.report.terminal import Console
-from mfext.requests import Invocation
+from mfext.requests import DEFAULT_INVOCATION, Invocation
 from mfext.store import Run, is_run_folder, model_hash
 from mfext.training.methods.full import Full
 from mfext.training.module import ContinualModuleFormer
@@ -39,7 +47,7 @@ from mfext.training.module import ContinualModuleFormer
 STAGE, STAGE_NAME = 0, "base"
 
 
-def run(recipe: Recipe, invocation: Invocation) -> Report:
+def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     """Pretrain the base a recipe's `default_base` describes; returns its report."""
     console = Console.of(invocation)
     prepare_machine(invocation, recipe)
@@ -50,7 +58,7 @@ def run(recipe: Recipe, invocation: Invocation) -> Report:
     out = Path(
         invocation.resume or recipe.out or Path("runs") / f"pretrain-{'-'.join(each.name for each in domains)[:40]}"
     )
-    with open_run(out, recipe, invocation.resume is not None) as opened:
+    with open_run(out, recipe, "pretrain", resume=invocation.resume is not None) as opened:
         pretrain(recipe, domains, tokenizer, opened, console)
         return write_reports(opened, run_report(opened, "pretrain", recipe), recipe.seed, config_hash(recipe))
 
@@ -77,13 +85,24 @@ def planned(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer) -> 
     return plan_report("pretrain", data)
 
 
-def open_run(path: Path, recipe: Recipe, resume: bool) -> Run:
+def open_run(path: Path, recipe: Recipe, verb: str, *, resume: bool) -> Run:
     """A new run folder, or the interrupted one to continue. Raises InputError where they are confused."""
-    if resume:
-        return Run.open(path)
-    if is_run_folder(path):
-        raise InputError("this run exists", path, f"continue it with --resume {path}, or choose another --out")
-    return Run.create(path, recipe_to_mapping(recipe), {"mfext_version": __version__})
+    path = path.expanduser()
+    if not resume:
+        if is_run_folder(path):
+            raise InputError("this run exists", path, f"continue it with --resume {path}, or choose another --out")
+        return Run.create(path, recipe_to_mapping(recipe), {"mfext_version": __version__, "verb": verb})
+    begun = Run.open(path, read_only=True)
+    if verb_of(begun) != verb:
+        raise InputError("another verb began this run", path, f"continue it with mfext {verb_of(begun)} --resume")
+    if _numbers(recipe_from_mapping(begun.recipe)) != _numbers(recipe):
+        raise InputError("another recipe began this run", path, "continue it with its own: mfext.recipe.recipe_of_run")
+    return Run.open(path)
+
+
+def _numbers(recipe: Recipe) -> str:
+    """What decides a recipe's numbers: not the number of threads or processes, nor where it is written."""
+    return config_hash(replace(recipe, trainer=TrainerConfig()))
 
 
 def pretrain(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
@@ -93,17 +112,11 @@ def pretrain(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, op
     check_domains(domains)
     if not opened.stages():
         _train(recipe, domains, tokenizer, opened, console)
-    stage = opened.stages()[0]
-    measured = {str(row["domain"]) for row in opened.read_ledger()}
-    columns: Sequence[Column] = [
-        column for column in prepare_columns(domains, tokenizer, recipe.evaluation) if column.domain not in measured
-    ]
-    if columns:
-        loaded = open_model(stage.folder)
-        moment = Moment(STAGE, STAGE_NAME, base.training.steps, loaded.sha256, recipe.seed)
-        rows, details = measure(loaded.model, columns, moment, recipe.evaluation, console.say)
-        opened.write_report_file(f"details-{STAGE:03d}.json", json.dumps(details))
-        opened.append_ledger([row.to_json() for row in rows])
+    opened.clear_progress(STAGE)
+    loaded = open_model(opened.stages()[0].folder)
+    moment = Moment(STAGE, STAGE_NAME, base.training.steps, loaded.sha256, recipe.seed)
+    columns = prepare_columns(domains, tokenizer, recipe.evaluation)
+    measure_stage(loaded.model, columns, moment, recipe, opened, console)
 
 
 def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
@@ -136,12 +149,11 @@ def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, open
     metadata = {
         "domains": records,
         "lineage": [lineage],
-        "tokenizer": recipe.tokenizer,
+        "tokenizer": tokenizer_reference(recipe.tokenizer),
         "seed": recipe.seed,
         "mfext_version": __version__,
     }
     opened.commit_stage(STAGE, STAGE_NAME, tensors, to_mapping(model.config), {}, metadata)
-    opened.clear_progress(STAGE)
 
 
 def default_base(recipe: Recipe, console: Console) -> Path:
@@ -157,11 +169,11 @@ def default_base(recipe: Recipe, console: Console) -> Path:
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "bases" / f"{'-'.join(each.name for each in domains)[:40]}-{name}"
-    resume = is_run_folder(folder)
-    with open_run(folder, recipe, resume) as opened:
-        if opened.stages():
-            console.say(f"base: reusing {folder}")
-        else:
-            console.say(f"base: pretraining on {', '.join(each.name for each in domains)} (kept for the next run)")
+    begun = is_run_folder(folder)
+    if begun and Run.open(folder, read_only=True).stages():
+        console.say(f"base: reusing {folder}")
+        return folder
+    console.say(f"base: pretraining on {', '.join(each.name for each in domains)} (kept for the next run)")
+    with Run.open(folder) if begun else open_run(folder, recipe, "pretrain", resume=False) as opened:
         pretrain(recipe, domains, tokenizer, opened, console)
     return folder

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import torch
 
+from mfext.commands.models import OpenedModel
 from mfext.config import Recipe
 from mfext.domains.domain import Domain, check_no_overlap
 from mfext.domains.embedded import EmbeddedSettings
 from mfext.domains.packing import PackedDocuments, pack
 from mfext.domains.sources import load_domain
-from mfext.domains.tokenizer import Tokenizer
+from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from mfext.errors import InputError, MachineError
 from mfext.paths import cache_folder
 from mfext.recipe import known_domains
 from mfext.report.terminal import Console
 from mfext.requests import Invocation
+
+BYTES = "bytes"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def load_domains(references: Iterable[str], console: Console) -> tuple[Domain, .
     }
     domains: list[Domain] = []
     for reference in dict.fromkeys(references):
+        reference = str(Path(reference).expanduser()) if reference.startswith("~") else reference
         domain = load_domain(reference, known=known, cache_folder=cache_folder() / "domains")
         if any(domain.name == other.name for other in domains):
             raise InputError(f"two domains are called '{domain.name}'", reference, "rename one folder")
@@ -66,6 +70,32 @@ def load_domains(references: Iterable[str], console: Console) -> tuple[Domain, .
             console.say(f"{domain.name}: {note}")
         domains.append(domain)
     return tuple(domains)
+
+
+def tokenizer_reference(reference: str) -> str:
+    """How to find a tokenizer again from any directory."""
+    return reference if reference == BYTES else str(Path(reference).expanduser().resolve())
+
+
+def tokenizer_named(metadata: Mapping[str, object]) -> str:
+    """The tokenizer a model folder records; bytes where it records none."""
+    named = metadata.get("tokenizer")
+    return named if isinstance(named, str) else BYTES
+
+
+def tokenizer_of(opened: OpenedModel, asked: str | None) -> Tokenizer:
+    """The tokenizer asked for, else the one beside the weights, else the one the folder names.
+
+    Raises InputError where it cannot be the one the model was trained with.
+    """
+    beside = (opened.folder / "tokenizer.json").is_file()
+    recorded = tokenizer_named(opened.metadata)
+    reference = asked or (str(opened.folder) if beside else recorded)
+    if "tokenizer" in opened.metadata and (recorded == BYTES) != (reference == BYTES):
+        raise InputError(f"tokenizer '{reference}'", opened.folder, f"the model was trained with '{recorded}'")
+    tokenizer, config = load_tokenizer(reference), opened.model.config
+    check_tokenizer(tokenizer, config.vocab_size, config.bos_id)
+    return tokenizer
 
 
 def check_domains(domains: Iterable[Domain]) -> None:

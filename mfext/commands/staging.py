@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from mfext.store import Run
 from mfext.training.exchange import FitResult, FitSettings, ProgressState
 from mfext.training.fit import fit
 from mfext.training.module import ContinualModuleFormer
+
+SPENT = "spent_wall_s"
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,21 @@ class StageWork:
 def train_stage(
     module: ContinualModuleFormer, stream: TokenStream, work: StageWork, recipe: Recipe, run: Run, console: Console
 ) -> FitResult:
-    """Fit one stage, continuing from the run's latest progress where there is any."""
+    """Fit one stage, continuing from the run's latest progress where there is any.
+
+    `wall_s` of the result counts the training of every process that took part, as far as it was committed.
+    """
     latest = run.latest_progress(work.index)
-    resume = None
+    resume, spent_s, begun = None, 0.0, time.monotonic()
     if latest is not None:
         console.say(f"{work.name}: continuing from step {latest.step} of {work.training.steps}")
         resume = ProgressState(latest.step, latest.tensors, latest.state)
+        before = latest.state.get(SPENT)
+        spent_s = before if isinstance(before, float) else 0.0
 
     def commit(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object], /) -> None:
-        run.commit_progress(work.index, step, {**tensors, **work.carried}, {**state, **work.facts})
+        spent = {SPENT: spent_s + time.monotonic() - begun}
+        run.commit_progress(work.index, step, {**tensors, **work.carried}, {**state, **work.facts, **spent})
 
     settings = FitSettings(
         training=work.training,
@@ -57,7 +66,7 @@ def train_stage(
         console.warn(note)
     if result.skipped_windows:
         console.warn(f"{work.name}: {result.skipped_windows} windows with non-finite losses or gradients were dropped")
-    return result
+    return replace(result, wall_s=result.wall_s + spent_s)
 
 
 def peak_memory_bytes() -> int:

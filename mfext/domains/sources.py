@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mfext.domains.domain import SPLITS, Documents, Domain
@@ -101,10 +103,22 @@ def _parquet_texts(file: Path) -> Iterable[object]:
     import datasets
 
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(file.resolve()), split="train", streaming=True)
-        for row in rows:
-            if "text" not in row:
-                raise InputError("no text column", file, f"found {', '.join(sorted(row)[:5])}")
-            yield row["text"]
+        with _silent(datasets.logging):
+            rows = datasets.load_dataset("parquet", data_files=str(file.resolve()), split="train", streaming=True)
+            for row in rows:
+                if "text" not in row:
+                    raise InputError("no text column", file, f"found {', '.join(sorted(row)[:5])}")
+                yield row["text"]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError("not a readable parquet file", file, str(error)) from error
+
+
+@contextmanager
+def _silent(logging: ModuleType) -> Iterator[None]:
+    """datasets logs what it raises; the error is told once, by us. Its own level comes back afterwards."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,108 @@
+"""`mfext inspect`: what a model is made of: layers, generations, parameters by part, lineage, sizes. Writes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mfext.commands.models import OpenedModel, open_model
+from mfext.commands.setting import tokenizer_named
+from mfext.config import GenerationConfig, ModelConfig
+from mfext.conversion import to_mapping
+from mfext.growth.plan import count_parameters
+from mfext.report.anatomy import inspection_report
+from mfext.report.report import Report
+from mfext.requests import DEFAULT_INVOCATION, InspectRequest, Invocation
+from mfext.store import is_run_folder
+
+BASE = "base"
+
+
+def run(request: InspectRequest, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
+    """What a model folder, the last stage of a run folder, or a published MoLM folder holds."""
+    asked = Path(request.model).expanduser()
+    opened = open_model(asked)
+    config, metadata = opened.model.config, opened.metadata
+    lineage, domains = metadata.get("lineage", []), metadata.get("domains", [])
+    data: dict[str, object] = {
+        "run": str(asked) if is_run_folder(asked) else None,
+        "model": str(opened.folder),
+        "model_sha256": opened.sha256,
+        "source": metadata.get("source", "mfext"),
+        "tokenizer": tokenizer_named(metadata),
+        "dtype": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+        "size_bytes": sum(path.stat().st_size for path in opened.folder.iterdir() if path.is_file()),
+        "config": {key: value for key, value in to_mapping(config).items() if key != "generations"},
+        "generations": _generations(config),
+        "sites": _sites(config),
+        "params": _parameters(opened),
+        "domains": domains if isinstance(domains, list) else [],
+        "lineage": lineage if isinstance(lineage, list) else [],
+    }
+    return inspection_report(data)
+
+
+def _generations(config: ModelConfig) -> list[dict[str, object]]:
+    """Every generation with what it adds: parameters, and how many of them one token uses while its gate is open."""
+    described = []
+    before = count_parameters(replace(config, generations=()))
+    for index, generation in enumerate(config.generations, 1):
+        after = count_parameters(replace(config, generations=config.generations[:index]))
+        sizes = {"params": after["total"] - before["total"]}
+        sizes["active_per_token"] = after["active_per_token"] - before["active_per_token"]
+        described.append({**_plain(generation), **sizes})
+        before = after
+    return described
+
+
+def _plain(generation: GenerationConfig) -> dict[str, object]:
+    values = asdict(generation)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _sites(config: ModelConfig) -> list[dict[str, object]]:
+    """Experts of every site (layer and kind), those of the base first, then of every generation in order."""
+    return [
+        {
+            "layer": layer,
+            "kind": kind,
+            "experts": [base, *(getattr(each, f"{kind}_experts")[layer] for each in config.generations)],
+            "per_token": getattr(config, f"{kind}_experts_per_token"),
+        }
+        for layer in range(config.num_layers)
+        for kind, base in (("attention", config.attention_experts), ("feedforward", config.feedforward_experts))
+    ]
+
+
+def _parameters(opened: OpenedModel) -> dict[str, object]:
+    config = opened.model.config
+    counts = count_parameters(config)
+    owners = [BASE, *(generation.name for generation in config.generations)]
+    parts: list[Counter[str]] = [Counter() for _ in owners]
+    for name, parameter in opened.model.named_parameters():
+        words = name.split(".")
+        owner = int(words[1]) + 1 if words[0] == "generations" else 0
+        parts[owner][_part(words)] += parameter.numel()
+    by_owner: list[Mapping[str, object]] = [
+        {"name": owner, "total": sum(part.values()), "parts": dict(part)}
+        for owner, part in zip(owners, parts, strict=True)
+    ]
+    return {"total": counts["total"], "active_per_token": counts["active_per_token"], "by_generation": by_owner}
+
+
+def _part(words: list[str]) -> str:
+    """Which part of the model a parameter's name belongs to."""
+    if "gate" in words:
+        return "domain gate"
+    if any(word.endswith("router") for word in words):
+        return "routers"
+    if any(word.endswith("norm") for word in words):
+        return "norms"
+    for word, part in (("key", "keys and values"), ("value", "keys and values"), ("attention", "attention experts")):
+        if word in words:
+            return part
+    if "feedforward" in words:
+        return "feedforward experts"
+    return "embedding" if "embedding" in words else "head"
