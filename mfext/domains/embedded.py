@@ -35,6 +35,7 @@ from mfext.domains.standard_library import (
     bare_code,
     bytecode_listing,
     character_names,
+    flowing_text,
     help_topics,
     library_folder,
     library_modules,
@@ -43,7 +44,7 @@ from mfext.domains.standard_library import (
 )
 from mfext.errors import InputError
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2
 FEWEST_PIECE_CHARACTERS = 64
 MOST_BYTES_PER_EVALUATION_SOURCE = 40_000  # so that no single module decides a score
 SPLIT_SHARES = {"train": 0.9, "validation": EVALUATION_SHARE, "test": EVALUATION_SHARE}
@@ -167,8 +168,8 @@ def _code(folder: Path) -> Sources:
 
 
 def _prose(folder: Path) -> Sources:
-    topics = {f"topic:{topic}": partial(str, text) for topic, text in help_topics(folder).items()}
-    return {**topics, **_per_module(folder, lambda source, module: long_docstrings(source))}
+    topics = {f"topic:{topic}": partial(flowing_text, text) for topic, text in help_topics(folder).items()}
+    return {**topics, **_per_module(folder, lambda source, module: flowing_text(long_docstrings(source)))}
 
 
 def _bytecode(folder: Path) -> Sources:

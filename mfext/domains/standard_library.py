@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import sysconfig
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,9 @@ EXCLUDED_FOLDERS = frozenset(
 EXCLUDED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 FEWEST_MODULES = 200  # a full standard library has 500 and more
 FEWEST_DOCSTRING_CHARACTERS = 100
+FEWEST_PARAGRAPH_WORDS = 10
+PLAIN_WORDS_SHARE = 0.85
+PLAIN_WORD = re.compile(r"[(\"'*]*[A-Za-z][A-Za-z'’-]*[,.;:!?)\"'*]*")
 LONGEST_CONSTANT = 200
 
 STRING_OR_COMMENT = re.compile(
@@ -169,6 +173,21 @@ def long_docstrings(source: str) -> str:
     """A module's docstrings of at least 100 characters, indentation removed, blank lines between."""
     found = (inspect.cleandoc(str(ast.literal_eval(statement.value))) for _, statement in documented(parse(source)))
     return "\n\n".join(text for text in found if len(text) >= FEWEST_DOCSTRING_CHARACTERS)
+
+
+def flowing_text(text: str) -> str:
+    """The paragraphs that are running text: at least ten words, 85 % of them plain; indentation removed.
+
+    Examples, grammar rules, tables and signatures go: a model that has read them has read code.
+    """
+    paragraphs = (textwrap.dedent(each) for each in re.split(r"\n[ \t]*\n", text))
+    return "\n\n".join(each.strip() for each in paragraphs if _is_running_text(each))
+
+
+def _is_running_text(paragraph: str) -> bool:
+    words = paragraph.split()
+    plain = sum(PLAIN_WORD.fullmatch(word) is not None for word in words)
+    return len(words) >= FEWEST_PARAGRAPH_WORDS and plain >= PLAIN_WORDS_SHARE * len(words)
 
 
 def help_topics(folder: Path) -> dict[str, str]:
