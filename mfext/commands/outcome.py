@@ -13,7 +13,7 @@ from mfext.config import ModelConfig, Recipe
 from mfext.conversion import from_mapping
 from mfext.errors import InputError
 from mfext.growth.plan import Plan, count_parameters, gate_parameters
-from mfext.metrics.bootstrap import Interval, mean_interval, pair_rows, paired_interval
+from mfext.metrics.bootstrap import Interval, PairedDocuments, mean_interval, pair_rows, paired_interval
 from mfext.metrics.ledger import Ledger, LedgerRow
 from mfext.metrics.transfer import TransferMatrix
 from mfext.metrics.transfer import measure as transfer_metrics
@@ -56,7 +56,7 @@ def run_data(opened: Run, recipe: Recipe, verb: str) -> dict[str, object]:
     ledger = Ledger.from_json(opened.read_ledger())
     last = stages[-1]
     base_domains = [each.name for each in records_of(stages[0].manifest.metadata)]
-    learned = {name: stage.index for stage in stages[1:] for name in [stage.name]}
+    learned = {stage.name: stage.index for stage in stages[1:]}
     bystanders = list(dict.fromkeys(row.domain for row in ledger if row.domain not in (*base_domains, *learned)))
     measured_base = [name for name in base_domains if ledger.at(0, name, recipe.evaluation.split) is not None]
     matrix = TransferMatrix.from_ledger(ledger, measured_base, learned, bystanders, recipe.evaluation.split)
@@ -75,10 +75,7 @@ def run_data(opened: Run, recipe: Recipe, verb: str) -> dict[str, object]:
         "matrix": {"nll_per_byte": [list(row) for row in matrix.nll_per_byte], "split": recipe.evaluation.split},
         "forgetting": _changes(ledger, matrix, matrix.old_domains() if len(stages) > 1 else (), recipe),
         "bystanders": _changes(ledger, matrix, bystanders if len(stages) > 1 else (), recipe),
-        "learned": {
-            name: {"before": matrix.at(index - 1, name), "after": matrix.at(index, name)}
-            for name, index in learned.items()
-        },
+        "learned": _learned(ledger, matrix, learned, recipe),
         "metrics": {name: value.to_json() for name, value in transfer_metrics(matrix).items()},
         "params": _parameters(last, facts),
         "frozen_ok": proof.get("frozen_ok"),
@@ -159,28 +156,36 @@ def _measured(row: LedgerRow) -> dict[str, object]:
 
 
 def _changes(ledger: Ledger, matrix: TransferMatrix, domains: Sequence[str], recipe: Recipe) -> dict[str, object]:
-    """Last stage minus the stage before anything new was learned, per domain and in the mean, with intervals."""
+    """Last stage minus the untouched base, per domain and in the mean, with intervals."""
     settings = recipe.evaluation
-    pairs, entries = [], {}
-    for domain in domains:
-        before, after = _row(ledger, 0, domain, settings.split), _row(ledger, matrix.last, domain, settings.split)
-        if before is None or after is None:
-            entries[domain] = _entry(Interval(None, None, None, "not measured in both stages"))
-            continue
-        pair = pair_rows(before, after)
-        pairs.append(pair)
-        interval = paired_interval(
-            pair.nats_a, pair.nats_b, pair.bytes, samples=settings.bootstrap_samples, seed=recipe.seed
-        )
-        entries[domain] = _entry(interval)
-    if not pairs:
+    pairs = [_pair(ledger, name, (0, matrix.last), recipe) for name in domains]
+    entries = {name: _change(pair, recipe) for name, pair in zip(domains, pairs, strict=True)}
+    measured = [pair for pair in pairs if pair is not None]
+    if not measured:
         return {"domains": entries, "mean": _entry(Interval(None, None, None, "no domain to compare"))}
-    mean = mean_interval(pairs, samples=settings.bootstrap_samples, seed=recipe.seed)
+    mean = mean_interval(measured, samples=settings.bootstrap_samples, seed=recipe.seed)
     return {"domains": entries, "mean": _entry(mean)}
 
 
-def _row(ledger: Ledger, stage: int, domain: str, split: str) -> LedgerRow | None:
-    return ledger.at(stage, domain, split)
+def _learned(ledger: Ledger, matrix: TransferMatrix, learned: Mapping[str, int], recipe: Recipe) -> dict[str, object]:
+    """Per domain its loss before and after the stage that learned it, and the difference with its interval."""
+    entries: dict[str, object] = {}
+    for name, stage in learned.items():
+        change = _change(_pair(ledger, name, (stage - 1, stage), recipe), recipe)
+        entries[name] = {"before": matrix.at(stage - 1, name), "after": matrix.at(stage, name), **change}
+    return entries
+
+
+def _pair(ledger: Ledger, domain: str, stages: tuple[int, int], recipe: Recipe) -> PairedDocuments | None:
+    before, after = (ledger.at(stage, domain, recipe.evaluation.split) for stage in stages)
+    return None if before is None or after is None else pair_rows(before, after)
+
+
+def _change(pair: PairedDocuments | None, recipe: Recipe) -> dict[str, object]:
+    if pair is None:
+        return _entry(Interval(None, None, None, "not measured in both stages"))
+    samples = recipe.evaluation.bootstrap_samples
+    return _entry(paired_interval(pair.nats_a, pair.nats_b, pair.bytes, samples=samples, seed=recipe.seed))
 
 
 def _entry(interval: Interval) -> dict[str, object]:

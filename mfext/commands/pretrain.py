@@ -60,6 +60,7 @@ def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     )
     with open_run(out, recipe, "pretrain", resume=invocation.resume is not None) as opened:
         pretrain(recipe, domains, tokenizer, opened, console)
+        _measure(recipe, domains, tokenizer, opened, console)
         return write_reports(opened, run_report(opened, "pretrain", recipe), recipe.seed, config_hash(recipe))
 
 
@@ -106,15 +107,19 @@ def _numbers(recipe: Recipe) -> str:
 
 
 def pretrain(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
-    """Train and commit stage 0 of `opened`, unless it is there, and measure it."""
+    """Train and commit stage 0 of `opened`, unless it is there."""
     base = recipe.default_base
     check_tokenizer(tokenizer, base.model.vocab_size)
     check_domains(domains)
     if not opened.stages():
         _train(recipe, domains, tokenizer, opened, console)
     opened.clear_progress(STAGE)
+
+
+def _measure(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
     loaded = open_model(opened.stages()[0].folder)
-    moment = Moment(STAGE, STAGE_NAME, base.training.steps, loaded.sha256, recipe.seed)
+    steps = recipe.default_base.training.steps
+    moment = Moment(STAGE, STAGE_NAME, steps, loaded.sha256, recipe.seed)
     columns = prepare_columns(domains, tokenizer, recipe.evaluation)
     measure_stage(loaded.model, columns, moment, recipe, opened, console)
 

@@ -44,7 +44,7 @@ from mfext.domains.standard_library import (
 )
 from mfext.errors import InputError
 
-EXTRACTOR_VERSION = 2
+EXTRACTOR_VERSION = 3
 FEWEST_PIECE_CHARACTERS = 64
 MOST_BYTES_PER_EVALUATION_SOURCE = 40_000  # so that no single module decides a score
 SPLIT_SHARES = {"train": 0.9, "validation": EVALUATION_SHARE, "test": EVALUATION_SHARE}

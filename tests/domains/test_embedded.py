@@ -14,7 +14,7 @@ from mfext.errors import InputError, MachineError
 
 CONF = Path(__file__).parents[2] / "conf" / "domain"
 SMALL = EmbeddedSettings("unicode_names", max_bytes=400_000, piece_bytes=8000)
-MEGABYTES = {"code": (4.5, 5.0), "prose": (1.2, 1.6), "unicode_names": (0.9, 1.5), "bytecode": (1.7, 2.0)}
+MEGABYTES = {"code": (4.5, 5.0), "prose": (1.0, 1.4), "unicode_names": (0.9, 1.5), "bytecode": (1.7, 2.0)}
 
 
 def read_settings(name: str) -> EmbeddedSettings:
