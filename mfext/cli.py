@@ -12,19 +12,21 @@ import errno
 import hashlib
 import importlib
 import json
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mfext import __version__, requests
 from mfext.completion import completion_script
 from mfext.config import Recipe
 from mfext.conversion import did_you_mean, from_mapping, to_mapping
-from mfext.errors import InputError, MfextError
+from mfext.errors import InputError, InterruptedRun, MfextError
 from mfext.verbs import VERBS, Flag, Verb, find_verb, help_text, verb_help
 
 if TYPE_CHECKING:
@@ -50,9 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is that of cli.md's table. Never raises for a user's mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
     boundary = _Boundary(debug="--debug" in words)
-    with boundary:
+    with boundary, _terminable():
         _dispatch(words)
     return boundary.code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a verb as Ctrl-C does: one line, an exit code, nothing half-written left. Training has its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise InterruptedRun(number, "interrupted")
 
 
 class _Boundary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -130,6 +131,16 @@ def test_every_failure_has_its_exit_code_and_one_line(
     assert words in err
     assert err.count("\n") == (1 if words else 0)
     assert "Traceback" not in err
+
+
+def test_a_verb_that_is_terminated_says_so_and_leaves_with_143(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    stand_in(monkeypatch, "grow", lambda: signal.raise_signal(signal.SIGTERM))
+    assert main(["grow"]) == 143
+    assert capsys.readouterr().err == "mfext: error: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == former
 
 
 def test_debug_shows_the_traceback_before_the_line(
