@@ -14,16 +14,14 @@ from mfext.domains.domain import Domain, reservoir
 from mfext.domains.stream import TokenStream
 from mfext.domains.tokenizer import load_tokenizer
 from mfext.errors import DamagedError, InputError
-from mfext.growth.apply import apply_plan, measure_usage, set_gate_thresholds
-from mfext.growth.gate_training import train_gate
+from mfext.growth.apply import apply_plan, set_gate_thresholds
+from mfext.growth.growing import WATCHED, grow
 from mfext.growth.plan import Plan
 from mfext.growth.probes import Windows, document_starts, self_probes
 from mfext.model.moduleformer import ModuleFormer
 from mfext.report.terminal import Console
 
 CARRIED = "generation/"
-
-
 Texts = Mapping[str, tuple[str, ...]]
 
 
@@ -42,32 +40,22 @@ def grow_model(
 
     `kept` is the reservoir of old text the gate may see; empty where probes come from the model itself.
     """
-    settings = recipe.growth.gate
-    gated = recipe.growth.mode == "gated"
+    settings, gated = recipe.growth.gate, recipe.growth.mode == "gated"
     probes = None
     if settings.probe != "none":
         source = "the reservoir" if settings.probe == "reservoir" else "the model itself"
         console.say(f"taking probes of what the model knows from {source}")
         probes = _probes(model, recipe, kept)
     new = _new_windows(stream, max(128, settings.probe_sequences))
-    usage = measure_usage(model, new.input_ids[:32], new.document_starts[:32])
-    watched = (probes or new).take(torch.arange(min(32, len(probes or new))))
-    before = _logits(model, watched)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        apply_plan(model, plan, usage)
-    identity = float((_logits(model, watched) - before).abs().max())
-    facts: dict[str, object] = {"identity_at_growth": identity}
     if gated and probes is not None:
-        console.say("training the domain gate")
-        calibration = train_gate(model, new, probes, settings, recipe.seed)
-        facts["gate"] = asdict(calibration)
-        trained = float((_logits(model, watched) - before).abs().max())
-        facts["identity_at_growth"] = max(identity, trained)
-        shares = f"{calibration.false_open:.1%} of held-out probes, {calibration.open_set_open:.1%} of open-set text"
-        console.say(f"gate: opens on {shares}; not fully open on {calibration.false_close:.1%} of new text")
+        console.say("growing; training the domain gate")
+    growth = grow(model, plan, recipe.growth, new, probes, recipe.seed)
+    facts: dict[str, object] = {"identity_at_growth": growth.identity_at_growth}
+    if growth.gate is not None:
+        facts["gate"] = asdict(growth.gate)
+        shares = f"{growth.gate.false_open:.1%} of held-out probes, {growth.gate.open_set_open:.1%} of open-set text"
+        console.say(f"gate: opens on {shares}; not fully open on {growth.gate.false_close:.1%} of new text")
     elif gated:
-        _open_always(model)
         console.warn("gate.probe=none: the gate is always open, so old domains are not protected")
     facts["generation"] = to_mapping(model.config.generations[-1])
     return Grown(_gate_tensors(model), facts)
@@ -101,14 +89,6 @@ def _gate_tensors(model: ModuleFormer) -> dict[str, Tensor]:
     }
 
 
-def _open_always(model: ModuleFormer) -> None:
-    gate = model.generation(len(model.generations)).gate
-    assert gate is not None
-    with torch.no_grad():
-        gate.output.weight.zero_()
-        gate.output.bias.fill_(1e9)
-
-
 def _new_windows(stream: TokenStream, count: int) -> Windows:
     """Windows of the new domain, the first of the stage's own order."""
     batches: list[Mapping[str, Tensor]] = []
@@ -137,7 +117,8 @@ def _probes(model: ModuleFormer, recipe: Recipe, kept: Texts) -> Windows:
     settings = recipe.growth.gate
     parts = []
     if settings.probe in ("self", "both"):
-        parts.append(self_probes(model, settings.probe_sequences, settings.probe_length, recipe.seed))
+        count = settings.probe_sequences if recipe.growth.mode == "gated" else WATCHED
+        parts.append(self_probes(model, count, settings.probe_length, recipe.seed))
     if kept:
         parts.append(_reservoir_windows(model, recipe, kept))
     if not parts:
@@ -152,9 +133,3 @@ def _reservoir_windows(model: ModuleFormer, recipe: Recipe, kept: Texts) -> Wind
     count = len(flat) // length
     ids = torch.tensor(flat[: count * length]).view(count, length)
     return Windows(ids, document_starts(ids, bos))
-
-
-@torch.inference_mode()
-def _logits(model: ModuleFormer, windows: Windows) -> Tensor:
-    logits: Tensor = model(windows.input_ids, document_starts=windows.document_starts).logits
-    return logits

@@ -76,6 +76,15 @@ def set_gate_thresholds(model: ModuleFormer, opens_at: float, full_at: float) ->
         block.attention.config = block.feedforward.config = model.config
 
 
+def hold_gate_open(model: ModuleFormer) -> None:
+    """Open the newest generation's gate on every token: its changes then reach all text."""
+    gate = model.generation(len(model.generations)).gate
+    assert gate is not None, "only generations of mode gated have one"
+    with torch.no_grad():
+        gate.output.weight.zero_()
+        gate.output.bias.fill_(1e9)
+
+
 def _add(model: ModuleFormer, plan: Plan, operation: AddExperts, usage: Usage | None) -> None:
     weight = model.embedding.weight
     generation = Generation(operation.generation, plan.after).to(device=weight.device, dtype=weight.dtype)

@@ -2,10 +2,10 @@
 
     module = ContinualModuleFormer(ModuleFormer(ModelConfig()))
     lightning.Trainer(max_steps=500, gradient_clip_val=1.0).fit(module, loader)
-    module.grow(GrowthConfig(), "code")
+    module.grow(GrowthConfig(), "code", text=windows)
 
 Growing, freezing and detaching are thin over mfext.growth: the one place where a room imports
-its sibling (growth.plan and growth.apply only), because a user's script should need one object.
+its sibling growth, because a user's script should need one object.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from torch.optim import AdamW, Optimizer
 
 from mfext.config import GrowthConfig, TrainingConfig
 from mfext.errors import InputError
-from mfext.growth.apply import Usage, apply_plan, freeze, set_trainable
+from mfext.growth.apply import apply_plan, freeze, set_trainable
+from mfext.growth.growing import grow
 from mfext.growth.plan import Plan, plan_detach, plan_growth
+from mfext.growth.probes import Windows, document_starts, self_probes
 from mfext.model.losses import language_loss, routing_loss
 from mfext.model.moduleformer import ModelOutput, ModuleFormer
 from mfext.training.batch import read_batch
@@ -87,15 +89,25 @@ class ContinualModuleFormer(lightning.LightningModule):
         """What `grow` would do, as data; nothing changes."""
         return plan_growth(self.model.config, growth, name)
 
-    def grow(self, growth: GrowthConfig, name: str, usage: Usage | None = None) -> Plan:
+    def grow(self, growth: GrowthConfig, name: str, text: Tensor | None = None, seed: int = 1) -> Plan:
         """Add a generation `name`, freeze all that was there, and train the new one from now on.
 
-        `usage` (growth.apply.measure_usage) says which experts `copy_most_used` starts from. In
-        mode gated, train its gate next (growth.gate_training.train_gate); a gate that is closed on
-        a text teaches its experts nothing from it. Raises InputError where the name is taken.
+        `text` holds token windows (M, T) of the new domain, bos before each document. In mode gated
+        it teaches the domain gate, against `gate.probe_sequences` windows sampled from the model
+        itself; without it the gate is untrained: train it (growth.gate_training.train_gate) before
+        the experts, because a gate closed on a text teaches them nothing from it. Raises InputError
+        where the name is taken or there are fewer than 8 windows.
         """
         plan = plan_growth(self.model.config, growth, name)
-        apply_plan(self.model, plan, usage)
+        if text is None:
+            apply_plan(self.model, plan)
+        else:
+            bos_id = self.model.config.bos_id
+            gated = growth.mode == "gated"
+            probes = (
+                self_probes(self.model, growth.gate.probe_sequences, growth.gate.probe_length, seed) if gated else None
+            )
+            grow(self.model, plan, growth, Windows(text, document_starts(text, bos_id)), probes, seed)
         self.choose(Grow())
         return plan
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import lightning
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mfext.config import TrainingConfig
+from mfext.config import GateTraining, TrainingConfig
 from mfext.errors import DivergedError, InputError
 from mfext.training.batch import read_batch
 from mfext.training.methods.full import Full
@@ -152,6 +153,20 @@ def test_growing_leaves_old_logits_unchanged_and_detaching_brings_the_model_back
         module.detach()
         assert torch.equal(module(ids).logits, logits)
     assert same_bits(weights(module), before) and module.model.config == CONFIG
+
+
+def test_growing_with_text_teaches_the_gate_where_to_open() -> None:
+    module = tiny_module()
+    gate = GateTraining(
+        steps=30, batch_size=8, probe_sequences=16, probe_length=24, negatives_share=0, learning_rate=0.02
+    )
+    text = torch.full((16, 24), 7)
+    module.grow(replace(GROWTH, gate=gate), "sevens", text)
+    with torch.inference_mode():
+        gates = module(text[:2]).gates
+    assert gates is not None and (gates[:, 4:] > 0).all()
+    with pytest.raises(InputError, match="at least 8"):
+        module.grow(replace(GROWTH, gate=gate), "too-few", text[:3])
 
 
 def test_moments_of_what_still_trains_survive_a_growth_by_name() -> None:
