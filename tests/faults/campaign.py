@@ -1,4 +1,4 @@
-"""All fault campaigns of the store, one line each; results merge into a JSON file. Run by `make faults`."""
+"""All fault campaigns, one line each; results merge into a JSON file. Run by `make faults`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import flip_bits
+import grow_kills
 import kill_committer
 import kill_points
 import race_writers
@@ -20,9 +21,17 @@ CAMPAIGNS = {
     "flip_bits": (flip_bits.campaign, 1200),
     "refuse_disk": (refuse_disk.campaign, 50),
     "race_writers": (race_writers.campaign, 50),
+    "grow_kills": (grow_kills.campaign, 20),
 }
 
-QUICK_CASES = {"kill_points": 5, "kill_committer": 4, "flip_bits": 20, "refuse_disk": 0, "race_writers": 1}
+QUICK_CASES = {
+    "kill_points": 5,
+    "kill_committer": 4,
+    "flip_bits": 20,
+    "refuse_disk": 0,
+    "race_writers": 1,
+    "grow_kills": 0,
+}
 
 
 def main() -> None:
