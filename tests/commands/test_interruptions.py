@@ -15,25 +15,21 @@ from pathlib import Path
 
 import pytest
 
-from mfext.commands import grow, report
+from mfext.commands import report
 from mfext.commands.models import open_model
+from mfext.report.report import Report
 from mfext.requests import ReportRequest
 from mfext.store import Run, is_run_folder
 from tests.commands.child_process import finish, fork_server, kill_when, start
-from tests.commands.tiny_world import QUIET, World, make_world
+from tests.commands.tiny_world import QUIET, World
 
 OFTEN = "training.commit_every_steps=3"
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(world: World) -> Path:
+@pytest.fixture
+def uninterrupted(grown: Report) -> Path:
     """The run nobody disturbs."""
-    return Path(str(grow.run(world.recipe("whole"), QUIET).data["run"]))
+    return Path(str(grown.data["run"]))
 
 
 @pytest.fixture(scope="module")
