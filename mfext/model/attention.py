@@ -93,12 +93,12 @@ class ExpertAttention(nn.Module):
         batch = k_BSHC.shape[0]
         if opened.rows_b is not None and opened.tokens_in_rows_M is not None:
             batch = opened.rows_b.shape[0]
-            k_BSHC, v_BSHC = k_BSHC[opened.rows_b], v_BSHC[opened.rows_b]
-            starts_BT = None if starts_BT is None else starts_BT[opened.rows_b]
+            k_BSHC, v_BSHC = (each.index_select(0, opened.rows_b) for each in keys_values)
+            starts_BT = None if starts_BT is None else starts_BT.index_select(0, opened.rows_b)
             length = y_ND.shape[0] // keys_values[0].shape[0]
             spread = q_MKA.new_zeros(batch * length, *q_MKA.shape[1:])
             q_MKA = spread.index_copy(0, opened.tokens_in_rows_M, q_MKA)
         o_MKA = self._attend(self._heads(q_MKA, batch), k_BSHC, v_BSHC, Positions(positions.offset, starts_BT))
         if opened.tokens_in_rows_M is not None:
-            o_MKA = o_MKA[opened.tokens_in_rows_M]
+            o_MKA = o_MKA.index_select(0, opened.tokens_in_rows_M)
         return opened.add(y_ND, mix_outputs(o_MKA, [grown.attention], routing)), routing

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mfext.config import GenerationConfig, ModelConfig
 from mfext.model.domain_gate import DomainGate
@@ -26,7 +27,7 @@ class MatrixChange(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """W[ids], as an embedding (..., columns)."""
-        return self.full[ids] if hasattr(self, "full") else self.left[ids] @ self.right
+        return F.embedding(ids, self.full) if hasattr(self, "full") else F.embedding(ids, self.left) @ self.right
 
     def apply_to(self, x: Tensor) -> Tensor:
         """x @ W^T, as a linear layer (..., rows)."""
@@ -123,8 +124,8 @@ class OpenTokens:
         gate_N1 = self.gate_BT.reshape(-1, 1).to(change_MD.dtype)
         if self.tokens_M is None:
             return y_ND + gate_N1 * change_MD
-        return y_ND.index_add(0, self.tokens_M, (gate_N1[self.tokens_M] * change_MD).to(y_ND.dtype))
+        return y_ND.index_add(0, self.tokens_M, (gate_N1.index_select(0, self.tokens_M) * change_MD).to(y_ND.dtype))
 
     def pick(self, x_ND: Tensor) -> Tensor:
         """The open tokens' rows of x."""
-        return x_ND if self.tokens_M is None else x_ND[self.tokens_M]
+        return x_ND if self.tokens_M is None else x_ND.index_select(0, self.tokens_M)
