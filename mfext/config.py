@@ -172,16 +172,16 @@ class GateTraining:
     """How a domain gate is trained, calibrated and protected."""
 
     probe: Probe = "self"
-    probe_sequences: int = 192
+    probe_sequences: int = 160
     probe_length: int = 256
     reservoir_bytes: int = 262_144
     reservoir_share: float = 0.01
     negatives_share: float = 0.25
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 32
     learning_rate: float = 3e-3
     max_false_open: float = 0.01
-    ramp: float = 0.9
+    ramp: float = 0.5
 
     def __post_init__(self) -> None:
         _require_choices(self)

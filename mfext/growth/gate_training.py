@@ -22,7 +22,7 @@ from mfext.model.domain_gate import DomainGate
 from mfext.model.moduleformer import ModuleFormer
 
 HELD_OUT = 0.25
-STRICTEST, LOOSEST = 0.98, 0.5
+STRICTEST, LOOSEST = 0.98, 0.2
 
 
 @dataclass(frozen=True)
