@@ -50,8 +50,8 @@ def _generations(config: ModelConfig) -> list[dict[str, object]]:
     before = count_parameters(replace(config, generations=()))
     for index, generation in enumerate(config.generations, 1):
         after = count_parameters(replace(config, generations=config.generations[:index]))
-        sizes = {"params": after["total"] - before["total"]}
-        sizes["active_per_token"] = after["active_per_token"] - before["active_per_token"]
+        sizes = {"params": after.total - before.total}
+        sizes["active_per_token"] = after.active_per_token - before.active_per_token
         described.append({**_plain(generation), **sizes})
         before = after
     return described
@@ -89,7 +89,7 @@ def _parameters(opened: OpenedModel) -> dict[str, object]:
         {"name": owner, "total": sum(part.values()), "parts": dict(part)}
         for owner, part in zip(owners, parts, strict=True)
     ]
-    return {"total": counts["total"], "active_per_token": counts["active_per_token"], "by_generation": by_owner}
+    return {"total": counts.total, "active_per_token": counts.active_per_token, "by_generation": by_owner}
 
 
 def _part(words: list[str]) -> str:

@@ -196,11 +196,11 @@ def _entry(interval: Interval) -> dict[str, object]:
 def _parameters(stage: Stage, facts: Mapping[str, object]) -> dict[str, object]:
     config = stage_config(stage)
     counts = count_parameters(config)
-    added = sum(counts[each.name] for each in config.generations[-1:]) if facts.get("method") == "grow" else 0
+    added = counts.generations[-1] if facts.get("method") == "grow" else 0
     return {
-        "total": counts["total"],
-        "trainable": facts.get("trainable", counts["total"]),
-        "active_per_token": counts["active_per_token"],
+        "total": counts.total,
+        "trainable": facts.get("trainable", counts.total),
+        "active_per_token": counts.active_per_token,
         "added": added,
     }
 
@@ -224,7 +224,7 @@ def _stage_entry(stage: Stage) -> dict[str, object]:
     kept = ("method", "domains", "tokens", "wall_s", "tokens_per_s", "trainable", "peak_bytes")
     entry, counts = _lineage_entry(stage), count_parameters(stage_config(stage))
     shown = {key: entry[key] for key in kept if key in entry}
-    sizes = {"total": counts["total"], "active_per_token": counts["active_per_token"]}
+    sizes = {"total": counts.total, "active_per_token": counts.active_per_token}
     return {"name": stage.name, "index": stage.index, **shown, **sizes}
 
 

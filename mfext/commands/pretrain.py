@@ -73,15 +73,15 @@ def planned(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer) -> 
     data: dict[str, object] = {
         "dry_run": True,
         "params": {
-            "total": counts["total"],
-            "trainable": counts["total"],
-            "active_per_token": counts["active_per_token"],
+            "total": counts.total,
+            "trainable": counts.total,
+            "active_per_token": counts.active_per_token,
         },
         "steps": training.steps,
         "tokens": training.steps * training.batch_size * training.sequence_length,
         "train_bytes": bytes_,
-        "disk_bytes": counts["total"] * 4 * 4,
-        "memory_bytes": counts["total"] * 4 * 4,
+        "disk_bytes": counts.total * 4 * 4,
+        "memory_bytes": counts.total * 4 * 4,
     }
     return plan_report("pretrain", data)
 

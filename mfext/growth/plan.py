@@ -56,11 +56,11 @@ class Plan:
         """Parameter counts: `before`, `added`, `after`, and active per token before and after."""
         before, after = count_parameters(self.before), count_parameters(self.after)
         return {
-            "before": before["total"],
-            "after": after["total"],
-            "added": after["total"] - before["total"],
-            "active_before": before["active_per_token"],
-            "active_after": after["active_per_token"],
+            "before": before.total,
+            "after": after.total,
+            "added": after.total - before.total,
+            "active_before": before.active_per_token,
+            "active_after": after.active_per_token,
         }
 
 
@@ -124,8 +124,18 @@ def _chosen_layers(config: ModelConfig, growth: GrowthConfig) -> set[int]:
     return chosen
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part: `total`, `active_per_token`, one count per generation name (`base` first).
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model, of its base, and of each generation in order."""
+
+    total: int
+    active_per_token: int
+    base: int
+    generations: tuple[int, ...]
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Parameters by part, counted without allocating any.
 
     Active means what one token's forward multiplies with: chosen experts only, one embedding row,
     every generation open.
@@ -133,12 +143,12 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     with torch.device("meta"):
         model = ModuleFormer(config)
     shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    counts = {"base": sum(size for name, size in shapes.items() if not name.startswith("generations."))}
-    for index, generation in enumerate(config.generations):
-        prefix = f"generations.{index}."
-        counts[generation.name] = sum(size for name, size in shapes.items() if name.startswith(prefix))
+    grown = [0] * len(config.generations)
+    for name, size in shapes.items():
+        if name.startswith("generations."):
+            grown[int(name.split(".")[1])] += size
     total = sum(shapes.values())
-    return {"total": total, "active_per_token": total - _idle(config, shapes), **counts}
+    return ParameterCounts(total, total - _idle(config, shapes), total - sum(grown), tuple(grown))
 
 
 def gate_parameters(config: ModelConfig) -> int:

@@ -209,8 +209,8 @@ def test_a_plan_counts_what_the_model_will_hold() -> None:
     apply_plan(model, plan)
     after = sum(parameter.numel() for parameter in model.parameters())
     assert plan.parameters()["before"] == before and plan.parameters()["after"] == after
-    assert count_parameters(plan.after)["code"] == after - before
-    assert 0 < count_parameters(plan.after)["active_per_token"] < after
+    assert count_parameters(plan.after).generations == (after - before,)
+    assert 0 < count_parameters(plan.after).active_per_token < after
     assert [type(each) for each in plan_detach(model.config).operations] == [RemoveExperts]
 
 
