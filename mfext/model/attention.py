@@ -8,11 +8,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mfext.config import ModelConfig
+from mfext.model.decoding_step import SiteWeights, join
 from mfext.model.experts import AttentionExperts, mix_outputs, project_queries
 from mfext.model.forward_pass import Pass, SiteOutput, competing_layers
 from mfext.model.generation import OpenTokens
 from mfext.model.positions import Positions
 from mfext.model.router import Router, RouterRows, Routing, Site, route
+from mfext_kernels.grouped_linear.one_token import Matrices
 from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode
 from mfext_kernels.stickbreaking.reference import stickbreaking_weights
 
@@ -51,6 +53,19 @@ class ExpertAttention(nn.Module):
             stickbreaking_weights(q_BTKHC, k_BSHC, shared.positions.starts_BT) if shared.return_attentions else None
         )
         return SiteOutput(y_ND.view(batch, length, width), tuple(routings), weights)
+
+    def weights(self, norm: nn.LayerNorm) -> SiteWeights:
+        """What a decoding step of one sequence reads."""
+        assert self.key is not None and self.value is not None
+        return SiteWeights(
+            self.site,
+            self.config.attention_experts_per_token,
+            norm,
+            *join(self.key, self.value, self.router.hidden),
+            self.router.output.weight.t(),
+            Matrices.of(self.experts.query),
+            Matrices.of(self.experts.output),
+        )
 
     def _heads(self, q_MKA: Tensor, batch: int) -> Tensor:
         return q_MKA.view(batch, -1, q_MKA.shape[1], self.config.num_heads, self.config.d_head)

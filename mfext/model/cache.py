@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mfext.model.decoding_step import LayerWeights
 from mfext.model.domain_gate import GateState
 
 
@@ -13,23 +14,27 @@ from mfext.model.domain_gate import GateState
 class Cache:
     """Room for `capacity` positions of B sequences; grows by `forward(..., cache=cache)`.
 
-    `keys` and `values` hold one (B, capacity, H, C) tensor per layer; `starts_B` the absolute
-    index where each row's current document began; `gates` one state per gated generation.
+    `keys_values` holds one (2, B, H, capacity, C) tensor per layer, heads outside positions: a step's products then
+    read keys and values where they lie. `starts_B`: the absolute index where each row's current document began, None
+    where all began at 0; `gates`: one state per gated generation; `weights`: what a decoding step of one sequence
+    prepares at its first token.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    starts_B: Tensor
+    keys_values: list[Tensor]
+    starts_B: Tensor | None = None
     length: int = 0
     gates: dict[int, GateState] = field(default_factory=dict)
+    weights: tuple[LayerWeights, ...] | None = None
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys_values[0].shape[3]
 
     def extend(self, layer: int, k_BTHC: Tensor, v_BTHC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of one layer; return all keys and values so far (views)."""
-        end = self.length + k_BTHC.shape[1]
-        self.keys[layer][:, self.length : end] = k_BTHC
-        self.values[layer][:, self.length : end] = v_BTHC
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
+        """Store the new positions of one layer; return all keys and values so far: views (B, S, H, C)."""
+        # Indexed, not unbound: autograd forbids writing through the views of one unbind.
+        k_BSHC, v_BSHC = (self.keys_values[layer][which].transpose(1, 2) for which in (0, 1))
+        first, length = self.length, k_BTHC.shape[1]
+        k_BSHC.narrow(1, first, length).copy_(k_BTHC)
+        v_BSHC.narrow(1, first, length).copy_(v_BTHC)
+        return k_BSHC.narrow(1, 0, first + length), v_BSHC.narrow(1, 0, first + length)

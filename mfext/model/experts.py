@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mfext.model.router import Routing
-from mfext_kernels.grouped_linear import expert_feedforward, gather_linear, order_rows, scatter_linear, sort_rows
+from mfext_kernels.grouped_linear import (
+    expert_feedforward,
+    gather_linear,
+    one_token,
+    order_rows,
+    scatter_linear,
+    sort_rows,
+)
+from mfext_kernels.grouped_linear.one_token import Matrices
 
 
 class AttentionExperts(nn.Module):
@@ -31,21 +39,32 @@ class FeedForwardExperts(nn.Module):
 
 def project_queries(x_MD: Tensor, stacks: Sequence[AttentionExperts], routing: Routing) -> Tensor:
     """Queries (M, K, A) of every chosen expert, in order of falling gate."""
-    return order_rows(gather_linear(x_MD, [stack.query for stack in stacks], routing.dispatch), routing.dispatch)
+    query = [stack.query for stack in stacks]
+    if one_token.applies(x_MD, query):
+        return one_token.gather_linear(x_MD, Matrices.of(*query), routing.experts_MK.tolist()[0]).unsqueeze(0)
+    return order_rows(gather_linear(x_MD, query, routing.dispatch), routing.dispatch)
 
 
 def mix_outputs(o_MKA: Tensor, stacks: Sequence[AttentionExperts], routing: Routing) -> Tensor:
     """Outputs (M, D): each expert's output projection times its gate, summed over the K chosen."""
+    output = [stack.output for stack in stacks]
+    if one_token.applies(o_MKA, output):
+        return _leave(o_MKA.squeeze(0), output, routing)
     rows_RA = sort_rows(o_MKA, routing.dispatch)
-    return scatter_linear(rows_RA, [stack.output for stack in stacks], routing.gates_MK, routing.dispatch)
+    return scatter_linear(rows_RA, output, routing.gates_MK, routing.dispatch)
 
 
 def mix_feedforward(x_MD: Tensor, stacks: Sequence[FeedForwardExperts], routing: Routing) -> Tensor:
     """sum over chosen e of gate_e * down_e(gelu(up_e(x))), (M, D)."""
-    return expert_feedforward(
-        x_MD,
-        [stack.up for stack in stacks],
-        [stack.down for stack in stacks],
-        routing.gates_MK,
-        routing.dispatch,
-    )
+    up, down = [stack.up for stack in stacks], [stack.down for stack in stacks]
+    if one_token.applies(x_MD, [*up, *down]):
+        hidden_KF = one_token.gather_linear(x_MD, Matrices.of(*up), routing.experts_MK.tolist()[0])
+        return _leave(one_token.activate(hidden_KF), down, routing)
+    return expert_feedforward(x_MD, up, down, routing.gates_MK, routing.dispatch)
+
+
+def _leave(rows_KF: Tensor, stacks: Sequence[Tensor], routing: Routing) -> Tensor:
+    """One token's rows through the last matrices of its experts, times its gates, summed."""
+    experts, gates = routing.experts_MK.tolist()[0], routing.gates_MK.tolist()[0]
+    nothing_1D = rows_KF.new_zeros(1, stacks[0].shape[2])
+    return one_token.scatter_linear(nothing_1D, rows_KF, Matrices.of(*stacks), experts, gates)

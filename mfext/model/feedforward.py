@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mfext.config import ModelConfig
+from mfext.model.decoding_step import SiteWeights, join
 from mfext.model.experts import FeedForwardExperts, mix_feedforward
 from mfext.model.forward_pass import Pass, SiteOutput, competing_layers
 from mfext.model.router import Router, RouterRows, Site, route
+from mfext_kernels.grouped_linear.one_token import Matrices
 
 
 class ExpertFeedForward(nn.Module):
@@ -41,3 +43,15 @@ class ExpertFeedForward(nn.Module):
             y_ND = opened.add(y_ND, mix_feedforward(x_MD, [grown.feedforward], routing))
             routings.append(routing)
         return SiteOutput(y_ND.view_as(x_BTD), tuple(routings))
+
+    def weights(self, norm: nn.LayerNorm) -> SiteWeights:
+        """What a decoding step of one sequence reads."""
+        return SiteWeights(
+            self.site,
+            self.config.feedforward_experts_per_token,
+            norm,
+            *join(self.router.hidden),
+            self.router.output.weight.t(),
+            Matrices.of(self.experts.up),
+            Matrices.of(self.experts.down),
+        )

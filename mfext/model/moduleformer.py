@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mfext.config import ModelConfig
 from mfext.model.attention import ExpertAttention
 from mfext.model.cache import Cache
+from mfext.model.decoding_step import LayerWeights, attend, feed_forward
 from mfext.model.feedforward import ExpertFeedForward
 from mfext.model.forward_pass import Pass
 from mfext.model.generate import Continuations, Decode, Sampling, generate
@@ -63,6 +64,12 @@ class Block(nn.Module):
         fed = self.feedforward(changed_norm(self.feedforward_norm, x_BTD, feedforward_changes), shared)
         return x_BTD + fed.update_BTD, attended.routings + fed.routings, attended.weights
 
+    def weights(self) -> LayerWeights:
+        """What a decoding step of one sequence reads, as it is now."""
+        return LayerWeights(
+            self.attention.weights(self.attention_norm), self.feedforward.weights(self.feedforward_norm)
+        )
+
 
 def changed_norm(norm: nn.LayerNorm, x_BTD: Tensor, changes: list[tuple[OpenTokens, NormChange | None]]) -> Tensor:
     """LayerNorm with every open generation's gated change of weight and bias."""
@@ -105,11 +112,8 @@ class ModuleFormer(nn.Module):
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty decoding cache with room for `capacity` positions."""
         weight = self.embedding.weight
-        # Stored (B, H, capacity, C) and seen as (B, capacity, H, C): a decoding step's products then read keys and
-        # values where they lie, instead of copying the whole cache at every new token.
-        shape = (batch_size, self.config.num_heads, capacity, self.config.d_head)
-        keys, values = ([weight.new_empty(shape).transpose(1, 2) for _ in self.blocks] for _ in range(2))
-        return Cache(keys, values, torch.zeros(batch_size, dtype=torch.long, device=weight.device))
+        shape = (2, batch_size, self.config.num_heads, capacity, self.config.d_head)
+        return Cache([weight.new_empty(shape) for _ in self.blocks])
 
     def forward(
         self,
@@ -130,6 +134,8 @@ class ModuleFormer(nn.Module):
         offset = 0 if cache is None else cache.length
         cached_starts_B = None if cache is None else cache.starts_B
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
+        if cache is not None and not (return_hidden or return_attentions) and self._decodes(input_ids, positions):
+            return self._decode(input_ids, cache)
         gates = self._open_gates(input_ids, positions, cache)
         opened = tuple(
             each
@@ -155,7 +161,7 @@ class ModuleFormer(nn.Module):
         hidden[-1] = x_BTD
         if cache is not None:
             cache.length += input_ids.shape[1]
-            cache.starts_B = positions.dense_starts(input_ids)[:, -1]
+            cache.starts_B = None if positions.starts_BT is None else positions.starts_BT[:, -1]
         return ModelOutput(
             self._head(x_BTD, opened),
             tuple(routings),
@@ -177,6 +183,33 @@ class ModuleFormer(nn.Module):
         text, for the rows' `text` and for stop strings. Raises ValueError for what cannot be continued.
         """
         return generate(self, input_ids, attention_mask, sampling or Sampling(), decode)
+
+    def _decodes(self, input_ids: Tensor, positions: Positions) -> bool:
+        """Whether this is one token of one sequence through a model with nothing to train and nothing grown."""
+        config = self.config
+        return (
+            input_ids.shape == (1, 1)
+            and positions.starts_BT is None
+            and not torch.is_grad_enabled()
+            and not config.generations
+            and config.router == "mlp"
+            and not config.identity_keys_values
+            and self.embedding.weight.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled(input_ids.device.type)
+        )
+
+    def _decode(self, input_ids: Tensor, cache: Cache) -> ModelOutput:
+        if cache.weights is None:
+            cache.weights = tuple(block.weights() for block in self.blocks if isinstance(block, Block))
+        x_1D = F.embedding(input_ids[0], self.embedding.weight)
+        routings: list[Routing] = []
+        for weights, keys_values in zip(cache.weights, cache.keys_values, strict=True):
+            x_1D, attention_routing = attend(x_1D, weights.attention, keys_values, cache.length)
+            x_1D, feedforward_routing = feed_forward(x_1D, weights.feedforward)
+            routings += attention_routing, feedforward_routing
+        cache.length += 1
+        logits_BTV: Tensor = self.lm_head(self.final_norm(x_1D)).unsqueeze(0)
+        return ModelOutput(logits_BTV, tuple(routings))
 
     def _open_gates(self, input_ids: Tensor, positions: Positions, cache: Cache | None) -> dict[int, Tensor]:
         """g (B, T) of every gated generation by number, computed once for the whole model."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -47,12 +48,16 @@ class Routing:
     gates_MK: Tensor
     log_probs_ME: Tensor
     logits_ME: Tensor
-    dispatch: Dispatch
     tokens_M: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
-        return self.dispatch.num_experts
+        return self.logits_ME.shape[-1]
+
+    @cached_property
+    def dispatch(self) -> Dispatch:
+        """The tokens sorted by expert, once asked for: a decoding step never does."""
+        return make_dispatch(self.experts_MK, self.num_experts)
 
 
 def route(
@@ -61,8 +66,7 @@ def route(
     """Choose the `num_chosen` most probable experts of every token."""
     log_probs_ME = F.log_softmax(logits_ME, dim=-1)
     top_log_probs_MK, experts_MK = log_probs_ME.topk(num_chosen, dim=-1)
-    dispatch = make_dispatch(experts_MK, logits_ME.shape[-1])
-    return Routing(site, generation, experts_MK, top_log_probs_MK.exp(), log_probs_ME, logits_ME, dispatch, tokens_M)
+    return Routing(site, generation, experts_MK, top_log_probs_MK.exp(), log_probs_ME, logits_ME, tokens_M)
 
 
 class RouterRows(nn.Module):

@@ -164,6 +164,17 @@ def test_decoding_one_position_is_the_last_row_of_attention(backend: str) -> Non
         torch.testing.assert_close(one, whole[:, -1], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("logit", [0.0, -3.0, -9.0])
+def test_decoding_reads_the_far_keys_where_the_near_ones_left_stick(logit: float) -> None:
+    """At -9 the nearest tile takes 3 % of the stick; at 0, in fp32, all of it."""
+    q, k, v = queries_keys_values(2, 1, 3 * cpu.TILE, torch.float32)
+    q, k = q * 0.1, k * 0.1
+    q[..., 0], k[..., 0] = 1.0, logit * WIDTH**0.5
+    one = stickbreaking_decode(q[:, 0], k, v)
+    exact = stickbreaking_decode(q[:, 0].double(), k.double(), v.double(), None, "reference")
+    torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_decoding_with_gradients_agrees_with_the_reference() -> None:
     q, k, v = queries_keys_values(2, 1, 20, torch.float64)
     fast = forward_and_gradients(stickbreaking_decode, (q[:, 0], k, v))

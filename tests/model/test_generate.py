@@ -39,7 +39,7 @@ class Scripted:
         self.logits = torch.empty(0)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        return Cache([torch.empty(batch_size, capacity, 1, 1)], [torch.empty(0)], torch.zeros(batch_size).long())
+        return Cache([torch.empty(2, batch_size, 1, capacity, 1)])
 
     def __call__(
         self,

@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mfext_kernels.grouped_linear import cpu, reference
+from mfext_kernels.grouped_linear import cpu, one_token, reference
 from mfext_kernels.routing import Dispatch
 
+__all__ = ["expert_feedforward", "gather_linear", "one_token", "order_rows", "scatter_linear", "sort_rows"]
 Backend = Literal["reference", "cpu"]
 
 

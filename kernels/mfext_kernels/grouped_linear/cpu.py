@@ -20,16 +20,12 @@ from mfext_kernels.routing import Dispatch
 
 def gather_linear(x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
     """rows[r] = x[token of r] @ W[expert of r]."""
-    if _one_token_without_gradient(dispatch, x_ND, *weights):
-        return torch.cat([torch.mm(x_ND, matrix) for matrix in _matrices(weights, dispatch)])
     rows_RF: Tensor = _GatherLinear.apply(x_ND, dispatch, *weights)  # type: ignore[no-untyped-call]
     return rows_RF
 
 
 def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
     """y[n] = sum_k gate[n, k] * rows[(n, k)] @ W[expert of (n, k)]."""
-    if _one_token_without_gradient(dispatch, rows_RF, gates_NK, *weights):
-        return _scatter_one_token(rows_RF, weights, gates_NK, dispatch)
     y_ND: Tensor = _ScatterLinear.apply(rows_RF, gates_NK, dispatch, *weights)  # type: ignore[no-untyped-call]
     return y_ND
 
@@ -38,9 +34,6 @@ def expert_feedforward(
     x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
 ) -> Tensor:
     """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
-    if _one_token_without_gradient(dispatch, x_ND, gates_NK, *up, *down):
-        hidden_RF = torch.cat([torch.mm(x_ND, matrix) for matrix in _matrices(up, dispatch)])
-        return _scatter_one_token(F.gelu(hidden_RF, approximate="tanh"), down, gates_NK, dispatch)
     if not _needs_gradient(x_ND, gates_NK, *up, *down):
         return _feed_forward((x_ND, gates_NK), up, down, dispatch, None)
     y_ND: Tensor = _ExpertFeedforward.apply(x_ND, gates_NK, dispatch, len(up), *up, *down)  # type: ignore[no-untyped-call]
@@ -67,28 +60,6 @@ def sort_rows(rows_NKF: Tensor, dispatch: Dispatch) -> Tensor:
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _one_token_without_gradient(dispatch: Dispatch, *tensors: Tensor) -> bool:
-    """Decoding one sequence: so little arithmetic that the number of calls is the time. (bf16 must sum in fp32.)"""
-    return dispatch.num_tokens == 1 and tensors[0].dtype != torch.bfloat16 and not _needs_gradient(*tensors)
-
-
-def _matrices(weights: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
-    """The matrix of each sorted row."""
-    if len(weights) == 1:
-        return [weights[0][number] for number, size in enumerate(dispatch.sizes) if size for _ in range(size)]
-    located = _experts(weights, dispatch.sizes)
-    return [weights[stack][expert] for stack, expert, first, last in located for _ in range(first, last)]
-
-
-def _scatter_one_token(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    gated = torch.split(rows_RF * gates_NK.reshape(-1, 1).index_select(0, dispatch.order_R), 1)
-    matrices = _matrices(weights, dispatch)
-    y_ND = torch.mm(gated[0], matrices[0])
-    for row, matrix in zip(gated[1:], matrices[1:], strict=True):
-        y_ND.addmm_(row, matrix)
-    return y_ND
 
 
 class _Permute(torch.autograd.Function):

@@ -51,6 +51,11 @@ def stickbreaking_decode(
     return o_BKHC
 
 
+def stickbreaking_decode_folded(q_XKC: Tensor, k_XSC: Tensor, v_XSC: Tensor) -> Tensor:
+    """`stickbreaking_decode` without gradients, starts or checks, for X (batch, head) pairs -> o_XKC."""
+    return cpu.decode_folded(q_XKC, k_XSC, v_XSC)
+
+
 def _implementation(backend: Backend | None) -> ModuleType:
     if backend not in (None, "cpu", "reference"):
         raise ValueError(f"backend={backend!r}: must be 'reference', 'cpu' or None")

@@ -38,33 +38,45 @@ def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_
         starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
         return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)
     exact = _exact(q_BKHC.dtype)
-    keys = k_BSHC.shape[1]
     if starts_B is not None and int(starts_B.max()) <= 0:
         starts_B = None
-    with torch.autocast(q_BKHC.device.type, enabled=False):
-        q_BHKC = (q_BKHC.to(exact) * -(q_BKHC.shape[-1] ** -0.5)).transpose(1, 2)
-        if keys > 2 * TILE:
-            near, left = _decode(q_BHKC, (k_BSHC, v_BSHC), starts_B, keys - TILE)
-            if float(left.amax()) < torch.finfo(exact).tiny:
-                return near.to(q_BKHC.dtype)
-        return _decode(q_BHKC, (k_BSHC, v_BSHC), starts_B, 0)[0].to(q_BKHC.dtype)
+    if torch.is_autocast_enabled(q_BKHC.device.type):
+        with torch.autocast(q_BKHC.device.type, enabled=False):
+            return _decode(q_BKHC.to(exact), k_BSHC.to(exact), v_BSHC.to(exact), starts_B).to(q_BKHC.dtype)
+    return _decode(q_BKHC.to(exact), k_BSHC.to(exact), v_BSHC.to(exact), starts_B).to(q_BKHC.dtype)
 
 
-def _decode(
-    q_BHKC: Tensor, keys_values: tuple[Tensor, Tensor], starts_B: Tensor | None, first: int
+def _decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None) -> Tensor:
+    batch, chosen, heads, width = q_BKHC.shape
+    q_XKC, k_XSC, v_XSC = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q_BKHC, k_BSHC, v_BSHC))
+    starts_X = None if starts_B is None else starts_B.repeat_interleave(heads)
+    o_XKC = decode_folded(q_XKC, k_XSC, v_XSC, starts_X)
+    return o_XKC.view(batch, heads, chosen, width).transpose(1, 2)
+
+
+def decode_folded(q_XKC: Tensor, k_XSC: Tensor, v_XSC: Tensor, starts_X: Tensor | None = None) -> Tensor:
+    """o_XKC for X (batch, head) pairs; the nearest keys first, and no others where these take the whole stick."""
+    q_XKC = q_XKC * -(q_XKC.shape[-1] ** -0.5)
+    keys = k_XSC.shape[1]
+    if keys > 2 * TILE:
+        near, left = _decode_from(keys - TILE, q_XKC, (k_XSC, v_XSC), starts_X)
+        if float(left.amax()) < torch.finfo(q_XKC.dtype).tiny:
+            return near
+    return _decode_from(0, q_XKC, (k_XSC, v_XSC), starts_X)[0]
+
+
+def _decode_from(
+    first: int, q_XKC: Tensor, keys_values: tuple[Tensor, Tensor], starts_X: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """o_BKHC over the keys from number `first` on, and how much stick each row has left before them."""
-    k_BSHC, v_BSHC = (tensor[:, first:].to(q_BHKC.dtype) for tensor in keys_values)
-    left = torch.bmm(q_BHKC.flatten(0, 1), k_BSHC.permute(0, 2, 3, 1).flatten(0, 1)).sigmoid_()
-    left_BHKS = left.view(*q_BHKC.shape[:3], -1)
-    if starts_B is not None:
-        keys_S = torch.arange(first, first + k_BSHC.shape[1], device=k_BSHC.device)
-        left_BHKS.masked_fill_((keys_S < starts_B.unsqueeze(1))[:, None, None, :], 1.0)
-    # From the newest key c_0 = p_0, c_1 = p_0 p_1, ...; in the keys' own order that is a_j = c_{j+1} - c_j.
-    stick_BHKS = left_BHKS.flip(-1).cumprod_(-1).flip(-1)
-    weights_BHKS = torch.diff(stick_BHKS, dim=-1, append=torch.ones_like(stick_BHKS[..., :1]))
-    o_BHKC = torch.bmm(weights_BHKS.flatten(0, 1), v_BSHC.transpose(1, 2).flatten(0, 1)).view_as(q_BHKC)
-    return o_BHKC.transpose(1, 2), stick_BHKS[..., 0]
+    """o_XKC over the keys from number `first` on, and how much stick each row has left before them."""
+    k_XSC, v_XSC = (tensor[:, first:] for tensor in keys_values) if first else keys_values
+    left_XKS = torch.bmm(q_XKC, k_XSC.transpose(1, 2)).sigmoid_()
+    if starts_X is not None:
+        keys_S = torch.arange(first, first + k_XSC.shape[1], device=k_XSC.device)
+        left_XKS.masked_fill_((keys_S < starts_X.unsqueeze(1)).unsqueeze(1), 1.0)
+    # A whole stick, then from the newest key c_0 = p_0, c_1 = p_0 p_1, ...: in the keys' order a_j = c_{j+1} - c_j.
+    stick_XKS = torch.constant_pad_nd(left_XKS, (0, 1), 1.0).flip(-1).cumprod_(-1).flip(-1)
+    return torch.bmm(stick_XKS.diff(), v_XSC), stick_XKS[..., 0]
 
 
 class _Stickbreaking(torch.autograd.Function):
