@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mfext.model.decoding_step import LayerWeights
 from mfext.model.domain_gate import GateState
+from mfext_kernels.decode_step import DecodeStep
 
 
 @dataclass
@@ -16,8 +17,8 @@ class Cache:
 
     `keys_values` holds one (2, B, H, capacity, C) tensor per layer, heads outside positions: a step's products then
     read keys and values where they lie. `starts_B`: the absolute index where each row's current document began, None
-    where all began at 0; `gates`: one state per gated generation; `weights`: what a decoding step of one sequence
-    prepares at its first token.
+    where all began at 0; `gates`: one state per gated generation; `weights` or `compiled`: what a decoding step
+    of one sequence prepares at its first token.
     """
 
     keys_values: list[Tensor]
@@ -25,6 +26,7 @@ class Cache:
     length: int = 0
     gates: dict[int, GateState] = field(default_factory=dict)
     weights: tuple[LayerWeights, ...] | None = None
+    compiled: DecodeStep | None = None
 
     @property
     def capacity(self) -> int:

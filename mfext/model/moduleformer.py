@@ -8,6 +8,7 @@ later add to this without touching any of its tensors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mfext.config import ModelConfig
 from mfext.model.attention import ExpertAttention
 from mfext.model.cache import Cache
+from mfext.model.compiled_step import compiled_step
 from mfext.model.decoding_step import LayerWeights, attend, feed_forward
 from mfext.model.feedforward import ExpertFeedForward
 from mfext.model.forward_pass import Pass
@@ -32,7 +34,7 @@ from mfext.model.router import Routing
 class ModelOutput:
     """What a forward returns.
 
-    logits (B, T, V); routings of every site, in order of depth; gates (B, T, S) of the S gated
+    logits (B, T, V); routings of every site, in order of depth (none from a compiled decoding step); gates (B, T, S) of the S gated
     generations, None without any; hidden_states: L+1 tensors (B, T, D), the last after the final
     norm; attentions: L tensors (B, K, H, T, S).
     """
@@ -134,7 +136,11 @@ class ModuleFormer(nn.Module):
         offset = 0 if cache is None else cache.length
         cached_starts_B = None if cache is None else cache.starts_B
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
-        if cache is not None and not (return_hidden or return_attentions) and self._decodes(input_ids, positions):
+        if (
+            cache is not None
+            and not (return_hidden or return_attentions)
+            and self._decodes(input_ids, positions, cache)
+        ):
             return self._decode(input_ids, cache)
         gates = self._open_gates(input_ids, positions, cache)
         opened = tuple(
@@ -184,32 +190,48 @@ class ModuleFormer(nn.Module):
         """
         return generate(self, input_ids, attention_mask, sampling or Sampling(), decode)
 
-    def _decodes(self, input_ids: Tensor, positions: Positions) -> bool:
+    def sites(self) -> Iterator[tuple[ExpertAttention, ExpertFeedForward, tuple[nn.LayerNorm, nn.LayerNorm]]]:
+        """Every layer's attention, feed-forward, and the norms before them."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block.attention, block.feedforward, (block.attention_norm, block.feedforward_norm)
+
+    def _decodes(self, input_ids: Tensor, positions: Positions, cache: Cache) -> bool:
         """Whether this is one token of one sequence through a model with nothing to train and nothing grown."""
         config = self.config
-        return (
+        simple = (
             input_ids.shape == (1, 1)
             and positions.starts_BT is None
+            and cache.length < cache.capacity
             and not torch.is_grad_enabled()
             and not config.generations
             and config.router == "mlp"
-            and not config.identity_keys_values
-            and self.embedding.weight.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled(input_ids.device.type)
         )
+        if not simple:
+            return False
+        if cache.compiled is None and cache.weights is None:
+            cache.compiled = compiled_step(self, cache)
+        torch_too = self.embedding.weight.dtype in (torch.float32, torch.float64) and not config.identity_keys_values
+        return cache.compiled is not None or torch_too
 
     def _decode(self, input_ids: Tensor, cache: Cache) -> ModelOutput:
-        if cache.weights is None:
-            cache.weights = tuple(block.weights() for block in self.blocks if isinstance(block, Block))
+        """One token: by the compiled step, which reports no routings, or by the shortest path through torch."""
         x_1D = F.embedding(input_ids[0], self.embedding.weight)
         routings: list[Routing] = []
-        for weights, keys_values in zip(cache.weights, cache.keys_values, strict=True):
-            x_1D, attention_routing = attend(x_1D, weights.attention, keys_values, cache.length)
-            x_1D, feedforward_routing = feed_forward(x_1D, weights.feedforward)
-            routings += attention_routing, feedforward_routing
+        if cache.compiled is not None:
+            cache.compiled(x_1D, cache.length)
+        else:
+            if cache.weights is None:
+                cache.weights = tuple(block.weights() for block in self.blocks if isinstance(block, Block))
+            for weights, keys_values in zip(cache.weights, cache.keys_values, strict=True):
+                x_1D, attention_routing = attend(x_1D, weights.attention, keys_values, cache.length)
+                x_1D, feedforward_routing = feed_forward(x_1D, weights.feedforward)
+                routings += attention_routing, feedforward_routing
         cache.length += 1
-        logits_BTV: Tensor = self.lm_head(self.final_norm(x_1D)).unsqueeze(0)
-        return ModelOutput(logits_BTV, tuple(routings))
+        norm = self.final_norm
+        normed_1D = F.layer_norm(x_1D, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return ModelOutput(F.linear(normed_1D, self.lm_head.weight).unsqueeze(0), tuple(routings))
 
     def _open_gates(self, input_ids: Tensor, positions: Positions, cache: Cache | None) -> dict[int, Tensor]:
         """g (B, T) of every gated generation by number, computed once for the whole model."""

@@ -15,6 +15,12 @@ LENGTH = 24
 MOST_CALLS_PER_LAYER = 64  # 63 on 2026-11-24; it was 110 before there was a path of its own
 
 
+@pytest.fixture(autouse=True)
+def _torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled step (tests/kernels/test_decode_step.py) would take float32 over."""
+    monkeypatch.setattr("mfext.model.compiled_step.available", lambda: False)
+
+
 def tiny(layers: int = 2, dtype: torch.dtype = torch.float64) -> ModuleFormer:
     torch.manual_seed(0)
     config = ModelConfig(

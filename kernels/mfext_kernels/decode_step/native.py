@@ -1,0 +1,89 @@
+"""Builds decode_step.c with the system's C compiler at first use, and keeps the result beside other caches.
+
+Optional: where there is no compiler, or MFEXT_NATIVE=0, `library()` is None and `explain()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("decode_step.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-std=c99", "-shared", "-fPIC")
+BUILD_WITHIN_S = 60
+
+
+@dataclass(frozen=True)
+class Build:
+    """The loaded library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def build() -> Build:
+    """Compile (once per source, compiler and processor) and load; never raises."""
+    if os.environ.get("MFEXT_NATIVE") == "0":
+        return Build(None, "switched off by MFEXT_NATIVE=0")
+    compiler = next(
+        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None
+    )
+    if compiler is None:
+        return Build(None, "no C compiler (cc, gcc or clang)")
+    try:
+        path = _folder() / f"decode_step-{_identity(compiler)}.so"
+        if not path.is_file():
+            _compile(compiler, path)
+        library = ctypes.CDLL(str(path))
+        library.mfext_decode_step.restype = None
+        return Build(library, f"built with {Path(compiler).name}")
+    except (OSError, subprocess.SubprocessError) as error:
+        return Build(None, f"{Path(compiler).name} could not build it: {' '.join(str(error).split())[:200]}")
+
+
+def _folder() -> Path:
+    """Where compiled kernels are kept: private to the user, since what lies there is loaded."""
+    home = os.environ.get("MFEXT_CACHE")
+    base = (
+        Path(home).expanduser() if home else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mfext"
+    )
+    folder = base / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} can be written by others")
+    return folder
+
+
+def _identity(compiler: str) -> str:
+    """What the machine code depends on: source, compiler, flags, processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_WITHIN_S).stdout
+    processor = platform.machine() + platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        processor += next(
+            (line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), ""
+        )
+    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), processor.encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Into a temporary file, then renamed: processes that build at once do not meet half a library."""
+    descriptor, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(descriptor)
+    try:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", temporary, "-lm"]
+        subprocess.run(command, capture_output=True, check=True, timeout=BUILD_WITHIN_S)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""The compiled decoding step: the general path's numbers, and a silent step aside where it cannot be built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfext.config import ModelConfig
+from mfext.model.generate import Sampling
+from mfext.model.moduleformer import ModuleFormer
+from mfext_kernels.decode_step import available, explain, native
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 2e-5  # float32: a few hundred roundings of sums of order one
+SHAPES = {
+    "two heads": ModelConfig(d_model=32, num_layers=2, num_heads=2, d_attention=24, d_feedforward=40, d_router=10),
+    "odd widths, three chosen": ModelConfig(
+        d_model=27,
+        num_layers=3,
+        num_heads=3,
+        d_attention=15,
+        d_feedforward=13,
+        d_router=7,
+        attention_experts_per_token=3,
+        feedforward_experts_per_token=1,
+    ),
+    "keys and values are the input": ModelConfig(
+        d_model=32, num_layers=2, num_heads=1, d_attention=32, d_feedforward=24
+    ),
+    "feed-forward narrower than attention": ModelConfig(
+        d_model=16, num_layers=1, num_heads=2, d_attention=48, d_feedforward=8
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _built() -> None:
+    if not available():
+        pytest.skip(f"no compiled decoding step here: {explain()}")
+
+
+def model_of(config: ModelConfig) -> ModuleFormer:
+    model = ModuleFormer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # fresh biases are zeros, which would hide their absence
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step_by_step_equals_the_whole_forward(shape: str) -> None:
+    model, ids = model_of(SHAPES[shape]), torch.randint(0, 256, (1, 300))
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = model.new_cache(1, 300)
+        steps = torch.cat([model(ids[:, [at]], cache=cache).logits for at in range(300)], dim=1)
+    assert cache.compiled is not None and cache.length == 300
+    scale = whole.abs().max()
+    assert (steps - whole).abs().max() <= TOLERANCE * scale
+
+
+def test_a_one_per_cent_wrong_kernel_would_be_noticed() -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (1, 40))
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = model.new_cache(1, 40)
+        model(ids[:, :39], cache=cache)
+        cache.keys_values[0][1].mul_(1.01)
+        step = model(ids[:, 39:], cache=cache).logits
+    assert (step - whole[:, 39:]).abs().max() > TOLERANCE * whole.abs().max()
+
+
+def test_steps_and_longer_pieces_take_turns_on_one_cache() -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (1, 24))
+    with torch.no_grad():
+        cache = model.new_cache(1, 24)
+        pieces = torch.cat([model(piece, cache=cache).logits for piece in ids.split([5, 1, 1, 7, 1, 9], dim=1)], dim=1)
+        whole = model(ids).logits
+    assert (pieces - whole).abs().max() <= TOLERANCE * whole.abs().max()
+
+
+def test_a_weight_changed_in_place_is_seen() -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (1, 4))
+    with torch.no_grad():
+        cache = model.new_cache(1, 4)
+        model(ids[:, :1], cache=cache)
+        model.blocks[0].feedforward.experts.down.zero_()
+        cache.length = 0
+        steps = torch.cat([model(ids[:, [at]], cache=cache).logits for at in range(4)], dim=1)
+        whole = model(ids).logits
+    assert (steps - whole).abs().max() <= TOLERANCE * whole.abs().max()
+
+
+def test_greedy_continuations_are_those_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (1, 9))
+    with_it = model.generate(ids, sampling=Sampling(max_new_tokens=40)).rows[0].tokens
+    monkeypatch.setattr("mfext.model.compiled_step.available", lambda: False)
+    assert model.generate(ids, sampling=Sampling(max_new_tokens=40)).rows[0].tokens == with_it
+
+
+def test_other_dtypes_take_the_torch_path() -> None:
+    model, ids = model_of(SHAPES["two heads"]).double(), torch.randint(0, 256, (1, 1))
+    cache = model.new_cache(1, 2)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    assert cache.compiled is None and cache.weights is not None
+
+
+def test_not_a_number_stays_one_and_inside_the_weights() -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (1, 1))
+    with torch.no_grad():
+        model.embedding.weight.fill_(float("nan"))
+        assert model(ids, cache=model.new_cache(1, 2)).logits.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"MFEXT_NATIVE": "0"}, "switched off"), ({"CC": "false", "PATH": "/usr/bin:/bin"}, "could not build")],
+)
+def test_it_steps_aside_where_it_cannot_be_built(changes: dict[str, str], reason: str, tmp_path: Path) -> None:
+    code = "from mfext_kernels.decode_step import available, explain; print(available(), explain())"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "MFEXT_CACHE": str(tmp_path)} | changes
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False") and reason in done.stdout
+
+
+def test_builds_at_the_same_time_leave_one_whole_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(3) as pool:
+        built = list(pool.map(lambda _: native.build.__wrapped__(), range(3)))
+    assert all(each.library is not None for each in built)
+    assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
+
+
+def test_a_folder_others_can_write_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o777)
+    monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
+    built = native.build.__wrapped__()
+    assert built.library is None and "written by others" in built.reason
