@@ -45,7 +45,8 @@ def run(request: DoctorRequest, invocation: Invocation = DEFAULT_INVOCATION) -> 
     problems = [f"{name} is not installed" for name in NEEDED if packages[name] is None]
     if packages["lightning"] in STOLEN:
         problems.append(f"lightning {packages['lightning']} steals credentials (GHSA-w37p-236h-pfx3): remove it now")
-    machine, kernels = _machine(problems), _kernels(problems, packages)
+    machine = _machine(problems)
+    kernels = _kernels(problems, packages, machine)
     folders = _folders(problems)
     missing = {name: why for name, why in OPTIONAL.items() if packages[name] is None}
     data = {
@@ -157,11 +158,15 @@ def _folders(problems: list[str]) -> dict[str, object]:
     return {key: value if isinstance(value, int) else str(value) for key, value in facts.items()}
 
 
-def _kernels(problems: list[str], packages: Mapping[str, str | None]) -> list[dict[str, object]]:
+def _kernels(
+    problems: list[str], packages: Mapping[str, str | None], machine: dict[str, object]
+) -> list[dict[str, object]]:
     if packages["torch"] is None or any(text.startswith("torch does not load") for text in problems):
         return []
     from mfext_kernels.checks import self_check
+    from mfext_kernels.decode_step import explain
 
     checks = self_check()
+    machine["compiled_decode_step"] = explain()
     problems += [f"wrong kernel: {check.detail}" for check in checks if not check.passed]
     return [asdict(check) for check in checks]

@@ -35,8 +35,8 @@ class ModelOutput:
     """What a forward returns.
 
     logits (B, T, V); routings of every site, in order of depth (none from a compiled decoding
-    step); gates (B, T, S) of the S gated generations, None without any; hidden_states: L+1 tensors (B, T, D), the last after the final
-    norm; attentions: L tensors (B, K, H, T, S).
+    step); gates (B, T, S) of the S gated generations, None without any; hidden_states: L+1 tensors
+    (B, T, D), the last after the final norm; attentions: L tensors (B, K, H, T, S).
     """
 
     logits: Tensor
