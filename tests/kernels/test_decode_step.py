@@ -97,6 +97,17 @@ def test_a_weight_changed_in_place_is_seen() -> None:
     assert (steps - whole).abs().max() <= TOLERANCE * whole.abs().max()
 
 
+def test_a_parameter_given_other_data_leaves_the_old_storage_alive() -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (1, 1))
+    with torch.no_grad():
+        cache = model.new_cache(1, 4)
+        before = model(ids, cache=cache).logits
+        for block in model.blocks:
+            block.feedforward.experts.up.data = torch.full_like(block.feedforward.experts.up, 7.0)
+        cache.length = 0
+        assert torch.equal(model(ids, cache=cache).logits, before)
+
+
 def test_greedy_continuations_are_those_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (1, 9))
     with_it = model.generate(ids, sampling=Sampling(max_new_tokens=40)).rows[0].tokens

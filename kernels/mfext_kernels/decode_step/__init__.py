@@ -86,7 +86,10 @@ def explain() -> str:
 
 
 class DecodeStep:
-    """The step of one model with one cache. Keeps every tensor it points at alive."""
+    """The step of one model with one cache, on the weights the model had when it was made.
+
+    A weight changed in place is seen; a parameter replaced by another tensor is not: begin a new cache then.
+    """
 
     def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
         library = build().library
@@ -94,7 +97,8 @@ class DecodeStep:
         first = layers[0]
         _, _, heads, capacity, width = first.keys_values.shape
         sites = (first.attention, first.feedforward)
-        self._tensors = tuple(layers)
+        # Aliases of the storage itself: a parameter given other data meanwhile leaves ours alive.
+        self._storages = [tensor.detach() for layer in layers for tensor in _tensors(layer)]
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
         self._shape = _Shape(
             len(layers), first.attention.enter.shape[1], heads, width, sites[0].hidden_weight.shape[0],
