@@ -145,7 +145,7 @@ def test_builds_at_the_same_time_leave_one_whole_library(tmp_path: Path, monkeyp
     monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
     with ThreadPoolExecutor(3) as pool:
         built = list(pool.map(lambda _: native.build.__wrapped__(), range(3)))
-    assert all(each.library is not None for each in built)
+    assert all(each.loaded is not None for each in built)
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
 
 
@@ -154,4 +154,4 @@ def test_a_folder_others_can_write_is_not_trusted(tmp_path: Path, monkeypatch: p
     (tmp_path / "kernels").chmod(0o777)
     monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
     built = native.build.__wrapped__()
-    assert built.library is None and "written by others" in built.reason
+    assert built.loaded is None and "written by others" in built.reason

@@ -77,7 +77,7 @@ class _Shape(ctypes.Structure):
 
 def available() -> bool:
     """Whether the compiled step can be used here."""
-    return build().library is not None
+    return build().loaded is not None
 
 
 def explain() -> str:
@@ -92,7 +92,7 @@ class DecodeStep:
     """
 
     def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
-        library = build().library
+        library = build().loaded
         assert library is not None, "ask available() first"
         first = layers[0]
         _, _, heads, capacity, width = first.keys_values.shape

@@ -1,6 +1,6 @@
 """Builds decode_step.c with the system's C compiler at first use, and keeps the result beside other caches.
 
-Optional: where there is no compiler, or MFEXT_NATIVE=0, `library()` is None and `explain()` says why.
+Optional: where there is no compiler, or MFEXT_NATIVE=0, `build().loaded` is None and `explain()` says why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUILD_WITHIN_S = 60
 class Build:
     """The loaded library, or why there is none."""
 
-    library: ctypes.CDLL | None
+    loaded: ctypes.CDLL | None
     reason: str
 
 
