@@ -13,36 +13,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from mfext.config_checks import require, require_at_least, require_choices
+from mfext.config_methods import EwcConfig, ExpandConfig, LoraConfig, LwfConfig, ReplayConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 RouterKind = Literal["mlp", "linear", "gmm"]
 RoutingLoss = Literal["mi", "switch"]
 Initialisation = Literal["published", "scaled"]
-GrowthMode = Literal["gated", "compete"]
+GrowthMode = Literal["gated", "side", "compete", "preserve"]
 ExpertInitialisation = Literal["copy_most_used", "random", "mean"]
 Probe = Literal["self", "reservoir", "both", "none"]
 Precision = Literal["fp32", "bf16"]
-MethodName = Literal["grow", "full"]
+MethodName = Literal["grow", "full", "replay", "ewc", "lwf", "lora", "expand", "frozen", "joint", "independent"]
 Strategy = Literal["single", "ddp"]
-
-
-def _require(config: object, key: str, condition: bool, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"{key}={getattr(config, key)!r}: must be {rule}")
-
-
-def _require_at_least(minimum: float, config: object, *keys: str) -> None:
-    for key in keys:
-        _require(config, key, getattr(config, key) >= minimum, f"at least {minimum}")
-
-
-def _require_choices(config: object) -> None:
-    """Every field whose type is a Literal holds one of its values."""
-    for key, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal:
-            _require(config, key, getattr(config, key) in get_args(hint), " or ".join(get_args(hint)))
 
 
 def check_name(name: str) -> str:
@@ -69,10 +55,10 @@ class DomainGateConfig:
     full_at: float = 0.95
 
     def __post_init__(self) -> None:
-        _require_at_least(1, self, "d_embedding", "d_convolution", "convolution_width", "d_hidden")
-        _require(self, "decays", all(0 < decay < 1 for decay in self.decays), "between 0 and 1")
-        _require(self, "opens_at", 0 <= self.opens_at < self.full_at, f"from 0 to below full_at ({self.full_at})")
-        _require(self, "full_at", self.full_at <= 1, "at most 1")
+        require_at_least(1, self, "d_embedding", "d_convolution", "convolution_width", "d_hidden")
+        require(self, "decays", all(0 < decay < 1 for decay in self.decays), "between 0 and 1")
+        require(self, "opens_at", 0 <= self.opens_at < self.full_at, f"from 0 to below full_at ({self.full_at})")
+        require(self, "full_at", self.full_at <= 1, "at most 1")
 
 
 @dataclass(frozen=True)
@@ -95,18 +81,23 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        _require_choices(self)
+        require_choices(self)
         layers = len(self.attention_experts)
-        _require(self, "feedforward_experts", len(self.feedforward_experts) == layers, f"one count a layer ({layers})")
-        _require(
+        require(self, "feedforward_experts", len(self.feedforward_experts) == layers, f"one count a layer ({layers})")
+        require(
             self, "gate", (self.gate is not None) == (self.mode == "gated"), "present in mode gated, and only there"
         )
         for key in ("attention_experts", "feedforward_experts"):
-            _require(self, key, all(count >= 0 for count in getattr(self, key)), "zero or more in every layer")
-        _require_at_least(0, self, "embedding_rank", "head_rank", "key_value_rank")
+            require(self, key, all(count >= 0 for count in getattr(self, key)), "zero or more in every layer")
+        require_at_least(0, self, "embedding_rank", "head_rank", "key_value_rank")
         changes = self.embedding_rank or self.head_rank or self.key_value_rank or self.norms
         rule = "gated where embedding, head, keys, values or norms change (only a gate can switch a change off)"
-        _require(self, "mode", self.mode == "gated" or not changes, rule)
+        require(self, "mode", self.mode == "gated" or not changes, rule)
+
+    @property
+    def joins_softmax(self) -> bool:
+        """True where its experts stand behind the base's in one softmax (compete, preserve)."""
+        return self.mode in ("compete", "preserve")
 
 
 @dataclass(frozen=True)
@@ -135,26 +126,29 @@ class ModelConfig:
     generations: tuple[GenerationConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require_at_least(1, self, "vocab_size", "d_model", "num_layers", "num_heads", "d_attention")
-        _require_at_least(1, self, "d_feedforward", "d_router")
-        _require_at_least(0, self, "routing_loss_weight")
-        _require(self, "layer_norm_eps", self.layer_norm_eps > 0, "positive")
+        require_choices(self)
+        require_at_least(1, self, "vocab_size", "d_model", "num_layers", "num_heads", "d_attention")
+        require_at_least(1, self, "d_feedforward", "d_router")
+        require_at_least(0, self, "routing_loss_weight")
+        require(self, "layer_norm_eps", self.layer_norm_eps > 0, "positive")
         rule = f"a multiple of num_heads ({self.num_heads})"
-        _require(self, "d_attention", self.d_attention % self.num_heads == 0, rule)
+        require(self, "d_attention", self.d_attention % self.num_heads == 0, rule)
         for kind in ("attention", "feedforward"):
             chosen, experts = getattr(self, f"{kind}_experts_per_token"), getattr(self, f"{kind}_experts")
             rule = f"between 1 and {kind}_experts ({experts})"
-            _require(self, f"{kind}_experts_per_token", 1 <= chosen <= experts, rule)
+            require(self, f"{kind}_experts_per_token", 1 <= chosen <= experts, rule)
         for key in ("bos_id", "eos_id", "pad_id"):
             rule = f"a token id below vocab_size ({self.vocab_size})"
-            _require(self, key, 0 <= getattr(self, key) < self.vocab_size, rule)
+            require(self, key, 0 <= getattr(self, key) < self.vocab_size, rule)
         for generation in self.generations:
             counts = len(generation.attention_experts)
             rule = f"given one expert count per layer ({self.num_layers}, not {counts})"
-            _require(self, "generations", counts == self.num_layers, rule)
+            require(self, "generations", counts == self.num_layers, rule)
         names = {generation.name for generation in self.generations}
-        _require(self, "generations", len(names) == len(self.generations), "named differently")
+        require(self, "generations", len(names) == len(self.generations), "named differently")
+        joined = {generation.mode for generation in self.generations if generation.joins_softmax}
+        rule = "either compete or preserve where they join the base's softmax: it is normalised in one way"
+        require(self, "generations", len(joined) <= 1, rule)
 
     @property
     def d_head(self) -> int:
@@ -184,13 +178,34 @@ class GateTraining:
     ramp: float = 0.5
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require_at_least(1, self, "probe_sequences", "probe_length", "steps", "batch_size")
-        _require_at_least(0, self, "reservoir_bytes", "reservoir_share")
-        _require(self, "max_false_open", 0 < self.max_false_open < 1, "a share between 0 and 1")
-        _require(self, "negatives_share", 0 <= self.negatives_share < 1, "a share from 0 to below 1")
-        _require(self, "ramp", 0 < self.ramp < 1, "between 0 and 1")
-        _require(self, "learning_rate", self.learning_rate > 0, "positive")
+        require_choices(self)
+        require_at_least(1, self, "probe_sequences", "probe_length", "steps", "batch_size")
+        require_at_least(0, self, "reservoir_bytes", "reservoir_share")
+        require(self, "max_false_open", 0 < self.max_false_open < 1, "a share between 0 and 1")
+        require(self, "negatives_share", 0 <= self.negatives_share < 1, "a share from 0 to below 1")
+        require(self, "ramp", 0 < self.ramp < 1, "between 0 and 1")
+        require(self, "learning_rate", self.learning_rate > 0, "positive")
+
+
+@dataclass(frozen=True)
+class ReviewConfig:
+    """A stage after a growth's training in which its router and gate alone train; 0 `steps` is none.
+
+    The loss is language modelling on new text and, for `probe_share` of every batch, on probes of
+    old text, plus `penalty` times the gates that probe tokens give to new experts (mean a site).
+    """
+
+    steps: int = 0
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    probe_share: float = 0.5
+    penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_at_least(0, self, "steps", "penalty")
+        require_at_least(2, self, "batch_size")
+        require(self, "learning_rate", self.learning_rate > 0, "positive")
+        require(self, "probe_share", 0 < self.probe_share < 1, "a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -211,21 +226,22 @@ class GrowthConfig:
     norms: bool = False
     new_router_bias: float = -4.0
     gate: GateTraining = field(default_factory=GateTraining)
+    review: ReviewConfig = field(default_factory=ReviewConfig)
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require_at_least(0, self, "attention_experts", "feedforward_experts")
-        _require_at_least(0, self, "embedding_rank", "head_rank", "key_value_rank")
+        require_choices(self)
+        require_at_least(0, self, "attention_experts", "feedforward_experts")
+        require_at_least(0, self, "embedding_rank", "head_rank", "key_value_rank")
         some = self.attention_experts + self.feedforward_experts > 0
-        _require(self, "feedforward_experts", some, "at least 1 where attention_experts is 0")
+        require(self, "feedforward_experts", some, "at least 1 where attention_experts is 0")
         for kind in ("attention", "feedforward"):
             chosen, experts = getattr(self, f"{kind}_experts_per_token"), getattr(self, f"{kind}_experts")
             rule = f"between 1 and {kind}_experts ({experts})"
-            _require(self, f"{kind}_experts_per_token", experts == 0 or 1 <= chosen <= experts, rule)
+            require(self, f"{kind}_experts_per_token", experts == 0 or 1 <= chosen <= experts, rule)
         known = isinstance(self.layers, tuple) or self.layers in ("all", "top_half")
-        _require(self, "layers", known, "all, top_half or a list of layer numbers")
+        require(self, "layers", known, "all, top_half or a list of layer numbers")
         wide = self.d_feedforward is None or self.d_feedforward >= 1
-        _require(self, "d_feedforward", wide, "at least 1, or null for the base's width")
+        require(self, "d_feedforward", wide, "at least 1, or null for the base's width")
 
 
 @dataclass(frozen=True)
@@ -250,23 +266,23 @@ class TrainingConfig:
     max_bad_steps_in_a_row: int = 10
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require_at_least(1, self, "sequence_length", "batch_size", "log_every_steps", "max_bad_steps_in_a_row")
+        require_choices(self)
+        require_at_least(1, self, "sequence_length", "batch_size", "log_every_steps", "max_bad_steps_in_a_row")
         step = self.batch_size * self.sequence_length
-        _require(
+        require(
             self, "tokens", self.tokens >= step, f"at least one step of batch_size * sequence_length ({step}) tokens"
         )
         micro = self.micro_batch_size
         divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
-        _require(self, "micro_batch_size", divides, f"a divisor of batch_size ({self.batch_size})")
+        require(self, "micro_batch_size", divides, f"a divisor of batch_size ({self.batch_size})")
         for key in ("learning_rate", "gradient_clip", "commit_every_s"):
-            _require(self, key, getattr(self, key) > 0, "positive")
+            require(self, key, getattr(self, key) > 0, "positive")
         for key in ("min_learning_rate_share", "warmup_share"):
-            _require(self, key, 0 <= getattr(self, key) <= 1, "a share from 0 to 1")
-        _require_at_least(0, self, "weight_decay")
-        _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+            require(self, key, 0 <= getattr(self, key) <= 1, "a share from 0 to 1")
+        require_at_least(0, self, "weight_decay")
+        require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
         often = self.commit_every_steps is None or self.commit_every_steps >= 1
-        _require(self, "commit_every_steps", often, "at least 1, or null to commit by time")
+        require(self, "commit_every_steps", often, "at least 1, or null to commit by time")
 
     @property
     def steps(self) -> int:
@@ -282,21 +298,30 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How losses are measured. `max_bytes` caps each domain's split (whole documents, first in
-    the split's fixed order); None takes all. `test` is for final numbers only."""
+    the split's fixed order); None takes all. `test` is for final numbers only.
+
+    `within_every_steps` also measures every so many optimizer steps inside a stage, on the first
+    `within_max_bytes` of each validation split: the stability gap. None measures stages only.
+    """
 
     split: Literal["validation", "test"] = "validation"
     max_bytes: int | None = None
     window: int = 256
     batch_size: int = 32
     bootstrap_samples: int = 2000
+    within_every_steps: int | None = None
+    within_max_bytes: int = 8_192
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require_at_least(2, self, "window")
-        _require(self, "window", self.window % 2 == 0, "even (the stride is half of it)")
-        _require_at_least(1, self, "batch_size", "bootstrap_samples")
+        require_choices(self)
+        require_at_least(2, self, "window")
+        require(self, "window", self.window % 2 == 0, "even (the stride is half of it)")
+        require_at_least(1, self, "batch_size", "bootstrap_samples")
         some = self.max_bytes is None or self.max_bytes > 0
-        _require(self, "max_bytes", some, "positive, or null for all")
+        require(self, "max_bytes", some, "positive, or null for all")
+        often = self.within_every_steps is None or self.within_every_steps >= 1
+        require(self, "within_every_steps", often, "at least 1, or null to measure stages only")
+        require_at_least(1, self, "within_max_bytes")
 
 
 @dataclass(frozen=True)
@@ -318,10 +343,10 @@ class TrainerConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require_at_least(1, self, "devices")
-        _require(self, "devices", self.strategy == "ddp" or self.devices == 1, "1 unless trainer=ddp")
-        _require(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or null")
+        require_choices(self)
+        require_at_least(1, self, "devices")
+        require(self, "devices", self.strategy == "ddp" or self.devices == 1, "1 unless trainer=ddp")
+        require(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -336,10 +361,12 @@ class LoggerConfig:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `domain` is what to learn: a name in conf/domain, a folder, or hf:owner/name.
+    `domains` is the stream of a continual run, learned one stage after another; a domain may come again.
     `old_domains` names what the base knows where its folder does not record it (empty: as recorded).
     `base` is a model or run folder; None builds (once) and reuses the base of `default_base`."""
 
     domain: str = "code"
+    domains: tuple[str, ...] = ()
     base: str | None = None
     out: str | None = None
     old_domains: tuple[str, ...] = ()
@@ -349,12 +376,17 @@ class Recipe:
     seed: int = 1
     default_base: BaseConfig = field(default_factory=BaseConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    ewc: EwcConfig = field(default_factory=EwcConfig)
+    lwf: LwfConfig = field(default_factory=LwfConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    expand: ExpandConfig = field(default_factory=ExpandConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require(self, "seed", 0 <= self.seed < 2**31, "from 0 to 2147483647")
-        _require(self, "domain", len(self.domain) > 0, "a name, a folder or hf:owner/name")
+        require_choices(self)
+        require(self, "seed", 0 <= self.seed < 2**31, "from 0 to 2147483647")
+        require(self, "domain", len(self.domain) > 0, "a name, a folder or hf:owner/name")

@@ -75,7 +75,7 @@ def room_of(module: str) -> str:
     if module.split(".")[0] == "mfext_kernels":
         return "mfext_kernels"
     room = [*module.split("."), ""][1]
-    return "store" if room.split("_")[0] == "store" else room
+    return room.split("_")[0] if room.split("_")[0] in ("config", "store") else room
 
 
 MODULES = {name_of(path): path for path in FILES}
