@@ -12,22 +12,20 @@ from mfext.commands.setting import records_of
 from mfext.config import ModelConfig, Recipe
 from mfext.conversion import from_mapping
 from mfext.errors import InputError
-from mfext.growth.plan import Plan, count_parameters, gate_parameters
+from mfext.growth.plan import count_parameters
 from mfext.metrics.bootstrap import Interval, PairedDocuments, mean_interval, pair_rows, paired_interval
 from mfext.metrics.ledger import Ledger, LedgerRow
-from mfext.metrics.transfer import TransferMatrix
 from mfext.metrics.transfer import measure as transfer_metrics
+from mfext.metrics.transfer_matrix import TransferMatrix
 from mfext.report import sections
 from mfext.report.as_json import to_json
 from mfext.report.extras import extras_of
 from mfext.report.html import to_html
 from mfext.report.markdown import to_markdown
-from mfext.report.planning import plan_report
 from mfext.report.report import Report
 from mfext.store import MODEL_TYPE, Run, Stage, read_json_object
 
 FORMAT_KEYS = ("model_type", "format_version")
-BYTES = 4
 STAGES_OF = {"pretrain": 1, "grow": 2}
 """Stages of a finished run, by the verb that made it."""
 
@@ -120,34 +118,6 @@ def write_reports(opened: Run, report: Report, seed: int, config_hash: str) -> R
     opened.write_report_file("report.md", to_markdown(complete))
     opened.write_report_file("metrics.json", to_json(complete) + "\n")
     return complete
-
-
-def growth_plan(recipe: Recipe, plan: Plan) -> Report:
-    """What `grow` would do: operations, parameters by part, tokens, memory and disk."""
-    counts, training = plan.parameters(), recipe.training
-    grows = recipe.method == "grow"
-    total = counts["after"] if grows else counts["before"]
-    trainable = counts["added"] if grows else counts["before"]
-    generation = plan.after.generations[-1]
-    if grows and generation.gate is not None:
-        trainable -= gate_parameters(plan.after)
-    data: dict[str, object] = {
-        "dry_run": True,
-        "method": recipe.method,
-        "plan": plan.to_json() if grows else {"operations": []},
-        "params": {
-            "total": total,
-            "trainable": trainable,
-            "frozen": total - trainable,
-            "added": counts["added"] if grows else 0,
-            "active_per_token": counts["active_after"] if grows else counts["active_before"],
-        },
-        "steps": training.steps,
-        "tokens": training.steps * training.batch_size * training.sequence_length,
-        "memory_bytes": BYTES * (total + 3 * trainable),
-        "disk_bytes": BYTES * (counts["before"] + total + 6 * trainable),
-    }
-    return plan_report("grow", data)
 
 
 def _measured(row: LedgerRow) -> dict[str, object]:

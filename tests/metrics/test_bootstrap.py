@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mfext.errors import InputError
 from mfext.metrics.bootstrap import Interval, PairedDocuments, mean_interval, pair_rows, paired_interval
@@ -63,6 +65,19 @@ def test_the_mean_over_domains_weighs_domains_equally() -> None:
     assert interval.difference == pytest.approx(sum(d for d in each if d is not None) / 2)
     assert interval.low is not None and interval.high is not None and interval.difference is not None
     assert interval.low < interval.difference < interval.high
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e4), st.integers(1, 5000)), min_size=2, max_size=8),
+    st.randoms(use_true_random=False),
+)
+def test_permuting_documents_leaves_every_bit_of_the_difference(documents, random) -> None:  # type: ignore[no-untyped-def]
+    def difference(order: list[tuple[float, float, int]]) -> float | None:
+        nats_a, nats_b, sizes = zip(*order, strict=True)
+        return mean_interval([PairedDocuments(nats_a, nats_b, sizes, "prose")], samples=2, seed=0).difference
+
+    assert difference(documents) == difference(random.sample(documents, len(documents)))
 
 
 def test_one_document_is_not_testable_and_says_so() -> None:

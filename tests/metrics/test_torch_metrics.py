@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mfext.errors import InputError
+from mfext.metrics.forgetting import forgetting_base
 from mfext.metrics.ledger import bits_per_byte
 from mfext.metrics.torch_metrics import BitsPerByte, Forgetting
-from mfext.metrics.transfer import TransferMatrix, forgetting_base
+from mfext.metrics.transfer_matrix import TransferMatrix
 
 
 def two_processes(state: Tensor, group: object) -> list[Tensor]:
