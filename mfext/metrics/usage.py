@@ -1,4 +1,4 @@
-"""Which experts the tokens used: shares, gate mass, entropy, dead experts, share to new experts, drift.
+"""Which experts the tokens used: shares, gate mass, entropy, dead experts, share to new experts.
 
 Sums are kept per bank and generation (E numbers each), so memory does not grow with the text.
 """
@@ -27,7 +27,10 @@ class SiteLike(Protocol):
 
 
 class RoutingLike(Protocol):
-    """What is read of a routing (mfext.model.router.Routing): the decision for M tokens of E experts."""
+    """What is read of a routing (mfext.model.router.Routing): the decision for M tokens of E experts.
+
+    An entry of `experts_MK` equal to E is a null choice: no expert.
+    """
 
     @property
     def site(self) -> SiteLike: ...
@@ -48,11 +51,12 @@ BankKey = tuple[int, str, int]
 
 @dataclass(frozen=True)
 class BankUsage:
-    """One router's decisions: generation 0 is the base's softmax, others are gated generations.
+    """One router's decisions: generation 0 is the base's softmax, others are gated or side generations.
 
-    `share[e]`: share of all choices (token, k) that fell on expert e, sums to 1. `gate_mass[e]`: mean gate given to e
-    per token routed here. `entropy_nats`: of `share`; log E is even. `dead_experts`: share < 0.1 / E.
-    `tokens`: valid tokens routed here. `share_new`: share of ALL valid tokens that reached an expert of a growth here.
+    `share[e]`: share of all choices (token, k) of an expert that fell on e, sums to 1. `gate_mass[e]`: mean gate given
+    to e per token routed here. `entropy_nats`: of `share`; log E is even. `dead_experts`: share < 0.1 / E.
+    `tokens`: valid tokens routed here: with a null choice (mode side), those that chose any expert. `share_new`: share
+    of ALL valid tokens that reached an expert of a growth here. `share_null`: of the choices made here, the null ones.
     """
 
     layer: int
@@ -64,6 +68,7 @@ class BankUsage:
     entropy_nats: float
     dead_experts: int
     share_new: float
+    share_null: float = 0.0
 
     @property
     def key(self) -> BankKey:
@@ -100,6 +105,7 @@ class _Sums:
     mass_E: Tensor
     tokens: Tensor
     new_tokens: Tensor
+    null_choices: Tensor
 
 
 class UsageCounter:
@@ -139,18 +145,21 @@ class UsageCounter:
     def _reaches_new(self, routing: RoutingLike) -> Tensor:
         experts_MK = routing.experts_MK
         base = 0 if routing.generation else self._base_experts.get(routing.site.kind, routing.num_experts)
-        return (experts_MK >= base).any(dim=-1)
+        return ((experts_MK >= base) & (experts_MK < routing.num_experts)).any(dim=-1)
 
     def _add(self, routing: RoutingLike, valid_M: Tensor, new_M: Tensor) -> None:
         key = (routing.site.layer, routing.site.kind, routing.generation)
-        experts_R = routing.experts_MK.flatten()
-        weight_R = valid_M[:, None].expand_as(routing.experts_MK).flatten().double()
+        real_MK = routing.experts_MK < routing.num_experts
+        null_choices = (valid_M[:, None] & ~real_MK).sum()
+        valid_M = valid_M & real_MK.any(dim=-1)
+        experts_R = routing.experts_MK.clamp_max(routing.num_experts - 1).flatten()
+        weight_R = (valid_M[:, None] & real_MK).flatten().double()
         chosen_E = weight_R.new_zeros(routing.num_experts).index_add_(0, experts_R, weight_R)
         mass_R = routing.gates_MK.flatten().double() * weight_R
         mass_E = weight_R.new_zeros(routing.num_experts).index_add_(0, experts_R, mass_R)
         sums = self._sums.get(key)
         if sums is None:
-            self._sums[key] = _Sums(chosen_E, mass_E, valid_M.sum(), new_M.sum())
+            self._sums[key] = _Sums(chosen_E, mass_E, valid_M.sum(), new_M.sum(), null_choices)
             return
         assert sums.chosen_E.shape == chosen_E.shape, f"the number of experts of {key} changed while counting"
         # Out of place: a counter may start under inference mode and go on outside of it.
@@ -158,6 +167,7 @@ class UsageCounter:
         sums.mass_E = sums.mass_E + mass_E
         sums.tokens = sums.tokens + valid_M.sum()
         sums.new_tokens = sums.new_tokens + new_M.sum()
+        sums.null_choices = sums.null_choices + null_choices
 
     def usage(self) -> Usage:
         """What was counted so far."""
@@ -169,6 +179,7 @@ class UsageCounter:
 
 def _bank_usage(key: BankKey, sums: _Sums, tokens: int) -> BankUsage:
     chosen_E, num_experts, routed = sums.chosen_E, sums.chosen_E.numel(), int(sums.tokens)
+    null_choices, choices = int(sums.null_choices), float(sums.chosen_E.sum())
     share_E = chosen_E / chosen_E.sum().clamp_min(1)
     entropy = -torch.xlogy(share_E, share_E).sum()
     dead = int((share_E < DEAD_BELOW / num_experts).sum())
@@ -180,26 +191,5 @@ def _bank_usage(key: BankKey, sums: _Sums, tokens: int) -> BankUsage:
         entropy_nats=max(0.0, float(entropy)),
         dead_experts=dead,
         share_new=int(sums.new_tokens) / tokens if tokens else 0.0,
+        share_null=null_choices / (choices + null_choices) if null_choices else 0.0,
     )
-
-
-def jensen_shannon(p: Iterable[float], q: Iterable[float]) -> float:
-    """Jensen-Shannon divergence of two distributions in nats, 0 (equal) to log 2 (disjoint).
-
-    The shorter one is filled with zeros: experts that a growth added had no share before.
-    """
-    p_E, q_E = (torch.tensor(list(share), dtype=torch.float64) for share in (p, q))
-    num_experts = max(p_E.numel(), q_E.numel())
-    p_E, q_E = (torch.nn.functional.pad(share_E, (0, num_experts - share_E.numel())) for share_E in (p_E, q_E))
-    mean_E = (p_E + q_E) / 2
-    divergence = sum((torch.xlogy(share_E, share_E) - torch.xlogy(share_E, mean_E)).sum() / 2 for share_E in (p_E, q_E))
-    return min(max(float(divergence), 0.0), math.log(2))
-
-
-def routing_drift(before: Usage, after: Usage) -> dict[BankKey, float | None]:
-    """Jensen-Shannon drift in nats of every bank of `after`; None where either side routed no token there."""
-    known = {bank.key: bank for bank in before.banks if bank.tokens}
-    return {
-        bank.key: jensen_shannon(known[bank.key].share, bank.share) if bank.tokens and bank.key in known else None
-        for bank in after.banks
-    }

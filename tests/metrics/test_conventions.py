@@ -155,7 +155,7 @@ def test_icarl_and_pycil_average_incremental_accuracy() -> None:
 
 
 def test_zero_shot_without_a_baseline() -> None:
-    """Diaz-Rodriguez et al. 2018 average R above the diagonal, with no baseline; `fwt.raw` only the cells next to it."""
+    """Diaz-Rodriguez et al. 2018 average R above the diagonal without a baseline; `fwt.raw` the cells next to it."""
     zero_shot = [A[i][j] for i, j in pairwise(range(T))]
     assert fwt_raw(MATRIX).value == pytest.approx(-mean(zero_shot))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfext.metrics.usage import RoutingLike, Usage, UsageCounter, jensen_shannon, routing_drift
+from mfext.metrics.usage import RoutingLike, Usage, UsageCounter
 from mfext.model.router import Site, route
 
 
@@ -121,21 +121,3 @@ def test_usage_is_plain_json() -> None:
     data = json.loads(json.dumps(count(decide([[0], [1]], 2), valid=[1, 1]).to_json()))
     assert data["sites"] == [{"layer": 0, "kind": "feedforward", "share_new": 0.0}]
     assert data["banks"][0]["share"] == [0.5, 0.5]
-
-
-def test_divergence_is_zero_for_equal_log_two_for_disjoint_and_symmetric() -> None:
-    p, q = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
-    assert jensen_shannon(p, p) == 0.0
-    assert jensen_shannon((1.0,), (0.0, 1.0)) == pytest.approx(math.log(2))
-    assert jensen_shannon(p, q) == jensen_shannon(q, p)
-    by_hand = 0.5 * (0.5 * math.log(0.5 / 0.375) + 0.25 * math.log(0.25 / 0.375)) * 2
-    assert jensen_shannon(p, q) == pytest.approx(by_hand)
-
-
-def test_drift_compares_bank_by_bank_and_is_absent_where_nothing_was_routed() -> None:
-    before = count(decide([[0], [1]], 2), valid=[1, 1])
-    after = count(decide([[0], [0]], 3), decide([[1]], 2, generation=1, tokens=[0]), valid=[1, 1])
-    drift = routing_drift(before, after)
-    assert drift[0, "feedforward", 0] == pytest.approx(jensen_shannon((0.5, 0.5), (1.0,)))
-    assert drift[0, "feedforward", 1] is None
-    assert routing_drift(after, after) == {(0, "feedforward", 0): 0.0, (0, "feedforward", 1): 0.0}
