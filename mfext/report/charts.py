@@ -134,11 +134,12 @@ def _places(digits: int, tick: float) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """A series as an SVG path, its colour's number, and its last value."""
+    """A series as an SVG path, its colour's number, and its last value. `dashed`: the colour is another line's too."""
 
     name: str
     path: str
     colour: int
+    dashed: bool
     first: str
     last: str
 
@@ -180,6 +181,7 @@ def draw_curves(section: Curves) -> Plot:
             series.name,
             _path([(at_x(x), at_y(y)) for x, y in kept[series.name]]),
             index % LINE_COLOURS,
+            index >= LINE_COLOURS,
             number(series.points[0][1], section.digits) if series.points else NONE,
             number(series.points[-1][1], section.digits) if series.points else NONE,
         )

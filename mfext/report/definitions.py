@@ -16,6 +16,9 @@ DEFINITIONS = {
     "bystander": "mean of L[S, j] − L[0, j] over domains that were never trained",
     "average": "mean of the last row over the trained domains",
     "95 % interval": "paired bootstrap over documents: both models score the same documents, drawn with replacement",
+    "95 % interval over seeds": "Student's t over runs that differ only in their seed; one run has no interval",
+    "ratio of forgetting": "mean forgetting of the setting divided by the reference's, both on the same seeds",
+    "Pareto front": "the settings that no other beats in both forgetting and learning",
     "gate open": "share of a domain's tokens for which the new generation's gate is above 0; fully open means 1",
 }
 DIRECTIONS = {"lower is better": "lower", "higher is better": "higher"}

@@ -11,6 +11,7 @@ from mfext.report.charts import draw_bars, draw_curves, heat_cells, transposed
 from mfext.report.quantities import percent, printable
 from mfext.report.reading import number, text
 from mfext.report.report import Cards, Report
+from mfext.report.scatter import draw_scatter
 from mfext.report.tabular import as_tables
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -52,6 +53,7 @@ def _environment() -> Environment:
     environment.globals |= {
         "draw_bars": draw_bars,
         "draw_curves": draw_curves,
+        "draw_scatter": draw_scatter,
         "heat_cells": heat_cells,
         "transposed": transposed,
         "as_tables": as_tables,

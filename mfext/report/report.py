@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mfext.errors import MfextError
+
 Tone = Literal["plain", "good", "bad"]
 
 
@@ -59,13 +61,28 @@ class Cards(Section):
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """A table for machines: full precision, the unit in the column's name, None where nothing was measured."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), "one value per column"
+
+
+@dataclass(frozen=True)
 class Table(Section):
-    """Cells are finished text; columns named in `text_columns` are words, the others numbers (set flush right)."""
+    """Cells are finished text; columns named in `text_columns` are words, the others numbers (set flush right).
+
+    `numbers`, where given, is what a CSV file holds in place of the cells.
+    """
 
     kind: ClassVar[str] = "table"
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     text_columns: tuple[str, ...] = ()
+    numbers: Numbers | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), f"{self.title}: one cell per column"
@@ -149,6 +166,48 @@ class Curves(Section):
 
 
 @dataclass(frozen=True)
+class CurvesGrid(Section):
+    """Small charts side by side, to be compared: the same series in each, so that one legend serves them all."""
+
+    kind: ClassVar[str] = "curvesgrid"
+    charts: tuple[Curves, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A value with its 95 % interval; low and high are None where there is no interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One dot of a scatter plot. `on_front`: no other is better in both directions."""
+
+    name: str
+    x: Spread
+    y: Spread
+    on_front: bool = False
+
+
+@dataclass(frozen=True)
+class Scatter(Section):
+    """Dots with intervals, both ways lower is better. `linear_below`: x is logarithmic beyond this size; None: linear.
+
+    `missing` says which names have no dot and why.
+    """
+
+    kind: ClassVar[str] = "scatter"
+    points: tuple[Point, ...] = ()
+    x_label: str = ""
+    y_label: str = ""
+    linear_below: float | None = None
+    missing: str = ""
+
+
+@dataclass(frozen=True)
 class ShareRow:
     """Parts of a whole, each from 0 to 1, in the order of the section's `parts`; `label` and `detail` annotate."""
 
@@ -173,7 +232,10 @@ class Shares(Section):
 
 @dataclass(frozen=True)
 class Report:
-    """A verb's answer. `verdict` says in plain words what happened, `alarms` what must not be overlooked."""
+    """A verb's answer. `verdict` says in plain words what happened, `alarms` what must not be overlooked.
+
+    `failure`, where there is one, ends the verb with its exit code after the report was shown.
+    """
 
     verb: str
     data: Mapping[str, object]
@@ -181,3 +243,4 @@ class Report:
     verdict: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()
     alarms: tuple[str, ...] = ()
+    failure: MfextError | None = None

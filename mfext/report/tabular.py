@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from mfext.report.quantities import NONE, count, interval, number, percent, signed
-from mfext.report.report import Bars, Cards, Curves, HeatMap, HeatMaps, KeyValues, Section, Shares, Table
+from mfext.report.report import (
+    Bars,
+    Cards,
+    Curves,
+    CurvesGrid,
+    HeatMap,
+    HeatMaps,
+    KeyValues,
+    Scatter,
+    Section,
+    Shares,
+    Spread,
+    Table,
+)
 
 # Points of a curve that a table shows.
 CURVE_ROWS = 12
@@ -29,6 +42,10 @@ def as_tables(section: Section) -> tuple[Table, ...]:
             return (_shares_table(section),)
         case Curves():
             return _curve_tables(section)
+        case CurvesGrid():
+            return tuple(_ends_table(chart) for chart in section.charts)
+        case Scatter():
+            return (_scatter_table(section),)
     return ()
 
 
@@ -102,3 +119,26 @@ def _curve_tables(section: Curves) -> tuple[Table, ...]:
         )
         tables.append(Table(section.title, (section.x_label, f"{series.name} ({section.y_label})"), rows, ()))
     return tuple(tables)
+
+
+def _ends_table(chart: Curves) -> Table:
+    """Where every line of one chart begins, its lowest point, and where it ends."""
+    rows = []
+    for series in chart.series:
+        values = [y for _, y in series.points]
+        rows.append((series.name, *(number(value, chart.digits) for value in (values[0], min(values), values[-1]))))
+    columns = (f"{chart.title} ({chart.y_label})", "first", "lowest", "last")
+    return Table(chart.title, columns, tuple(rows), columns[:1])
+
+
+def _scatter_table(section: Scatter) -> Table:
+    rows = tuple(
+        (point.name, _spread(point.x), _spread(point.y), "yes" if point.on_front else "") for point in section.points
+    )
+    columns = ("setting", section.x_label, section.y_label, "on the Pareto front")
+    note = f"{section.note} {section.missing}".strip()
+    return Table(section.title, columns, rows, ("setting", "on the Pareto front"), note=note)
+
+
+def _spread(spread: Spread) -> str:
+    return interval(spread.value, spread.low, spread.high, 4)
