@@ -39,7 +39,7 @@ BITS = "bits per byte"
 def sweep_report(data: Json) -> Report:
     """The report of a sweep: `data` as cli.md's, with the `groups` and `references` of commands/sweep_summary.py.
 
-    Trials are `{id, overrides, state: done|failed|waiting, run, data, error}`; a failed one becomes a row, never a hole.
+    Trials are `{id, overrides, state: done|failed|waiting, run, data, error}`; a failed one becomes a row, no hole.
     """
     groups = groups_of(data)
     verdict = sweep_verdict(data, groups)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mfext.report.extras import StageCurve
 from mfext.report.quantities import bits
-from mfext.report.reading import as_number
+from mfext.report.reading import Json, as_number, domains, listed, stages
 from mfext.report.report import Curves, Series
 
 POINTS_PER_CURVE = 240
@@ -26,6 +26,41 @@ def training_curves(curves: Sequence[StageCurve]) -> list[Curves]:
         ),
     )
     return [section for section in drawn if section.series]
+
+
+def within_curves(data: Json, curves: Sequence[StageCurve]) -> Curves | None:
+    """The loss on every domain at evaluations within the stages, over the steps of the whole run.
+
+    `data["within"]`: domain -> [[global step, nats per byte], ...]; None where there is none.
+    """
+    series = []
+    for name in domains(data):
+        pairs = [each for each in listed(data, "within", name) if isinstance(each, list | tuple) and len(each) == 2]
+        known = [(as_number(step), bits(as_number(loss))) for step, loss in pairs]
+        points = tuple((step, loss) for step, loss in known if step is not None and loss is not None)
+        if points:
+            series.append(Series(name, points))
+    if not series:
+        return None
+    return Curves(
+        "Loss within the stages",
+        series=tuple(series),
+        borders=_step_borders(stages(data), curves),
+        x_label="steps",
+        y_label="bits per byte",
+        note="Measured on a part of the validation text while a stage trains; a line that rises is being forgotten.",
+        in_terminal=False,
+    )
+
+
+def _step_borders(names: Sequence[str], curves: Sequence[StageCurve]) -> tuple[tuple[float, str], ...]:
+    """(global step, stage) where each stage after the first begins; empty where a stage's steps are unknown."""
+    steps = {curve.name: max((row["step"] for row in curve.rows if "step" in row), default=0.0) for curve in curves}
+    borders, at = [], 0.0
+    for name in names[1:]:
+        borders.append((at, name))
+        at += steps.get(name, 0.0)
+    return tuple(borders) if all(steps.get(name) for name in names[1:]) else ()
 
 
 def _chart(curves: Sequence[StageCurve], section: Curves, columns: Sequence[tuple[str, str, bool]]) -> Curves:

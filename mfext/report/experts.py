@@ -12,6 +12,8 @@ from mfext.report.report import HeatMap, HeatMaps, Section, ShareRow, Shares
 
 # {"usage": Usage.to_json() | None, "gates": [{gate, share_open, share_not_full, lag_tokens_mean}]}
 DomainDetails = Json
+# More gates than this are shown as one picture.
+SHOWN_IN_FULL = 2
 KIND_NAMES = {"attention": "attention", "feedforward": "feed-forward"}
 
 
@@ -130,6 +132,8 @@ def gate_sections(details: Mapping[str, DomainDetails], newcomers: Sequence[Newc
     """Per gated generation: how far its gate opens on every domain, and how soon it has made up its mind."""
     gated = [each.name for each in newcomers if each.mode == "gated"]
     count = max((len(objects(each, "gates")) for each in details.values()), default=0)
+    if count > SHOWN_IN_FULL:
+        return [_gates_at_a_glance(details, [gated[i] if i < len(gated) else str(i) for i in range(count)])]
     sections: list[Section] = []
     for index in range(count):
         rows = []
@@ -149,6 +153,26 @@ def gate_sections(details: Mapping[str, DomainDetails], newcomers: Sequence[Newc
             )
         )
     return sections
+
+
+def _gates_at_a_glance(details: Mapping[str, DomainDetails], owners: Sequence[str]) -> HeatMap:
+    """Many gates as one picture: per domain and generation the share of tokens its gate lets through."""
+    values = []
+    for each in details.values():
+        shares = [number_at(gate, "share_open") for gate in objects(each, "gates")[: len(owners)]]
+        shares += [None] * (len(owners) - len(shares))
+        values.append(tuple(None if share is None else 100 * share for share in shares))
+    return HeatMap(
+        "Gates",
+        rows=tuple(details),
+        columns=tuple(owners),
+        values=tuple(values),
+        unit="% of tokens",
+        digits=1,
+        full=100.0,
+        note="Per cent of each domain's tokens for which a generation's gate is open. Elsewhere it costs nothing.",
+        in_terminal=False,
+    )
 
 
 def _gate_row(name: str, gate: Json) -> ShareRow:

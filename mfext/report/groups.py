@@ -1,4 +1,4 @@
-"""Typed looks into a sweep's groups: trials that differ only in their seed, summed up as commands/sweep_summary.py does."""
+"""Typed looks into a sweep's groups: trials that differ only in their seed, summed up by commands/sweep_summary.py."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def references_of(data: Json) -> tuple[str, ...]:
 
 
 def estimate(data: Json, *keys: str) -> Estimate:
-    """The object {value, low, high, reason} at a path of keys."""
+    """The object {estimate, low, high, reason} at a path of keys."""
     at = mapping(data, *keys)
-    return Estimate(number_at(at, "value"), number_at(at, "low"), number_at(at, "high"), text(at, "reason"))
+    return Estimate(number_at(at, "estimate"), number_at(at, "low"), number_at(at, "high"), text(at, "reason"))
 
 
 def _group(data: Json) -> Group:

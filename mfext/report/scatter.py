@@ -13,7 +13,7 @@ from mfext.report.report import Point, Scatter, Spread
 # The narrowest plot that shows names beside the dots, in px: names that are apart there are apart on any wider page.
 WIDTH, HEIGHT = 520.0, 380.0
 LETTER, LINE, DOT = 7.2, 16.0, 12.0
-# Places for a name by how much they are liked: (word for the style sheet, left edge in its widths, bottom edge in lines).
+# Places for a name, the best first: (word for the style sheet, left edge in its widths, bottom edge in lines).
 PLACES = (("right", 0.0, -0.5), ("left", -1.0, -0.5), ("above", -0.5, 0.6), ("below", -0.5, -1.6))
 ROOM = 0.07
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from mfext.report.curves import training_curves
+from mfext.report.curves import training_curves, within_curves
 from mfext.report.experts import expert_sections, gate_sections
 from mfext.report.extras import Extras, newcomers_of
 from mfext.report.provenance import cost_table, definitions, lineage_table, measured_on, named_metrics, places
@@ -40,6 +40,7 @@ from mfext.report.reading import (
 )
 from mfext.report.reading import number as number_at
 from mfext.report.report import Bar, Bars, Card, Cards, HeatMap, KeyValues, Report, Section, Table, Tone
+from mfext.report.since import changes_since_learned, row_zero, starts_from_random
 from mfext.report.verdict import in_bits, includes_zero, run_verdict
 
 # A mean forgetting above this many bits per byte is shown as bad.
@@ -61,8 +62,10 @@ def growth_sections(data: Json, extras: Extras) -> tuple[Section, ...]:
         _outcome(data),
         _loss_matrix(data),
         _change_matrix(data),
+        _since_learned(data),
         _forgetting(data),
         *training_curves(extras.curves),
+        within_curves(data, extras.curves),
         *expert_sections(extras.details, extras.newcomers),
         *gate_sections(extras.details, extras.newcomers),
         cost_table(extras.costs),
@@ -147,7 +150,7 @@ def _outcome(data: Json) -> Table | None:
             )
         )
     columns = ("domain", "role", "before", "after", "change", "relative", "95 % interval")
-    note = "Bits per byte, lower is better. Before is the untouched base, after is the last stage."
+    note = f"Bits per byte, lower is better. Before is {row_zero(data)}, after is the last stage."
     return Table(
         "Before and after",
         columns=columns,
@@ -186,13 +189,34 @@ def _loss_matrix(data: Json) -> HeatMap | None:
         groups=_column_labels(data),
         missing="not measured",
         in_terminal=len(values) != 2,
-        note="Bits per byte, lower is better. Row 0 is the untouched base.",
+        note=f"Bits per byte, lower is better. Row 0 is {row_zero(data)}.",
+    )
+
+
+def _since_learned(data: Json) -> HeatMap | None:
+    """In a stream: how every domain moved since the stage that learned it."""
+    rows = matrix(data)
+    if len(rows) < 3 or len(rows) != len(stages(data)):
+        return None
+    never = "the first stage" if starts_from_random(data) else "row 0"
+    return HeatMap(
+        "Change since it was learned",
+        rows=_row_names(data)[1:],
+        columns=domains(data),
+        values=changes_since_learned(data),
+        unit="bits per byte",
+        diverging=True,
+        groups=_column_labels(data),
+        missing="not learned yet",
+        in_terminal=False,
+        note="Bits per byte against the stage that learned the domain. Above zero is forgetting. "
+        f"Domains never trained: against {never}.",
     )
 
 
 def _change_matrix(data: Json) -> HeatMap | None:
     rows = matrix(data)
-    if len(rows) < 2 or len(rows) != len(stages(data)):
+    if len(rows) < 2 or len(rows) != len(stages(data)) or starts_from_random(data):
         return None
     first = rows[0]
     values = tuple(
@@ -226,7 +250,8 @@ def _forgetting(data: Json) -> Bars | None:
         bars.append(Bar(name, of.difference, of.low, of.high, label, of.reason))
     if not bars:
         return None
-    note = "Change from the base with 95 % interval (paired bootstrap over documents). Right of zero is forgetting."
+    since = "the base" if len(matrix(data)) < 3 else "the stage that learned the domain (never trained: from row 0)"
+    note = f"Change from {since} with 95 % interval (paired bootstrap over documents). Right of zero is forgetting."
     halves = [(bar.high - bar.low) / 2 for bar in bars if bar.low is not None and bar.high is not None]
     digits = min(4, digits_for(*(bar.value for bar in bars), *halves))
     return Bars("Forgetting", bars=tuple(bars), unit="bits per byte", digits=digits, note=note, in_terminal=False)

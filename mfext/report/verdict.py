@@ -72,6 +72,9 @@ def _learned(data: Json) -> tuple[list[str], list[str]]:
                 alarms.append(f"NOTHING WAS LEARNED: the loss on {gain.domain} did not fall")
     if len(lines) > NAMED_AT_MOST:
         lines = [_learned_in_sum(gains)]
+    elif len(lines) > 2 and not alarms and all(line.startswith("learned ") for line in lines):
+        each = [line.removeprefix("learned ").replace(" bits per byte", "").replace(":", "") for line in lines]
+        lines = [f"learned {plural(len(lines), 'domain')}, in bits per byte: {', '.join(each)}"]
     return lines, alarms
 
 
@@ -89,6 +92,7 @@ def _learned_in_sum(gains: tuple[Learned, ...]) -> str:
 
 
 def _forgotten(data: Json) -> str:
+    """One sentence; a domain is compared with the stage that learned it, never with random weights."""
     old = changes(data, "forgetting")
     mean = in_bits(change(mapping(data, "forgetting", "mean")))
     on = f"bits per byte on {plural(len(old), 'old domain')}"
