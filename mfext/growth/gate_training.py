@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,9 +54,22 @@ def train_gate(model: ModuleFormer, new: Windows, old: Windows, settings: GateTr
         )
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
-    new_fit, new_held = _hold_out(new, generator)
-    old_fit, old_held = _hold_out(old, generator)
-    _fit(gate, model, new_fit, old_fit, settings, generator)
+    new_fit, new_held = hold_out(new, generator)
+    old_fit, old_held = hold_out(old, generator)
+    _fit(model, new_fit, old_fit, settings, generator)
+    return replace(calibrate_gate(model, new_held, old_held, settings, generator), wall_s=time.monotonic() - begun)
+
+
+def calibrate_gate(
+    model: ModuleFormer, new_held: Windows, old_held: Windows, settings: GateTraining, generator: torch.Generator
+) -> GateCalibration:
+    """Set the newest gate's thresholds so that `max_false_open` of the probes' tokens open it.
+
+    The windows must be ones the gate did not learn from. `opens_at` stays between LOOSEST and STRICTEST.
+    """
+    begun = time.monotonic()
+    gate = model.generation(len(model.generations)).gate
+    assert gate is not None, "only generations of mode gated have one"
     negatives = open_set_negatives(new_held, model.config.vocab_size, _special_ids(model), generator)
     old_p, new_p, negative_p = (_probabilities(gate, windows) for windows in (old_held, new_held, negatives))
     opens_at = float(torch.quantile(old_p[:1_000_000].double(), 1 - settings.max_false_open))
@@ -77,46 +90,49 @@ def _special_ids(model: ModuleFormer) -> set[int]:
     return {model.config.bos_id, model.config.eos_id, model.config.pad_id}
 
 
-def _hold_out(windows: Windows, generator: torch.Generator) -> tuple[Windows, Windows]:
+def hold_out(windows: Windows, generator: torch.Generator) -> tuple[Windows, Windows]:
+    """The windows to learn from and the quarter (at least 2) kept back, drawn by `generator`."""
     order = torch.randperm(len(windows), generator=generator)
     held = max(2, int(len(windows) * HELD_OUT))
     return windows.take(order[held:]), windows.take(order[:held])
 
 
-def _fit(
-    gate: DomainGate,
-    model: ModuleFormer,
-    new: Windows,
-    old: Windows,
-    settings: GateTraining,
-    generator: torch.Generator,
-) -> None:
+def gate_loss(
+    model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, generator: torch.Generator
+) -> Tensor:
+    """The newest gate's cross-entropy (nats a position) on one batch drawn from new text, probes and negatives."""
+    gate = model.generation(len(model.generations)).gate
+    assert gate is not None, "only generations of mode gated have one"
+    num_negative = int(settings.batch_size * settings.negatives_share)
+    num_new = (settings.batch_size - num_negative) // 2
+    some_new = draw(new, num_new + num_negative, generator)
+    negatives = open_set_negatives(
+        some_new.take(torch.arange(num_new, len(some_new))), model.config.vocab_size, _special_ids(model), generator
+    )
+    some_old = draw(old, settings.batch_size - num_new - num_negative, generator)
+    length = min(some_new.input_ids.shape[1], some_old.input_ids.shape[1])
+    begin = int(torch.randint(0, length // 2, (1,), generator=generator)) * int(
+        torch.randint(0, 2, (1,), generator=generator)
+    )
+    parts = [each.cut(begin, length - begin) for each in (some_new.take(torch.arange(num_new)), some_old, negatives)]
+    labels_BT = torch.zeros(settings.batch_size, length - begin)
+    labels_BT[:num_new] = 1.0
+    logits_BT, _ = gate(
+        torch.cat([each.input_ids for each in parts]), torch.cat([each.document_starts for each in parts])
+    )
+    return F.binary_cross_entropy_with_logits(logits_BT, labels_BT.to(logits_BT))
+
+
+def _fit(model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, generator: torch.Generator) -> None:
+    gate = model.generation(len(model.generations)).gate
+    assert gate is not None, "only generations of mode gated have one"
     parameters = list(gate.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
-    num_negative = int(settings.batch_size * settings.negatives_share)
-    num_new = (settings.batch_size - num_negative) // 2
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, settings.steps))
     for _ in range(settings.steps):
-        some_new = _draw(new, num_new + num_negative, generator)
-        negatives = open_set_negatives(
-            some_new.take(torch.arange(num_new, len(some_new))), model.config.vocab_size, _special_ids(model), generator
-        )
-        some_old = _draw(old, settings.batch_size - num_new - num_negative, generator)
-        length = min(some_new.input_ids.shape[1], some_old.input_ids.shape[1])
-        begin = int(torch.randint(0, length // 2, (1,), generator=generator)) * int(
-            torch.randint(0, 2, (1,), generator=generator)
-        )
-        parts = [
-            each.cut(begin, length - begin) for each in (some_new.take(torch.arange(num_new)), some_old, negatives)
-        ]
-        labels_BT = torch.zeros(settings.batch_size, length - begin)
-        labels_BT[:num_new] = 1.0
-        logits_BT, _ = gate(
-            torch.cat([each.input_ids for each in parts]), torch.cat([each.document_starts for each in parts])
-        )
-        loss = F.binary_cross_entropy_with_logits(logits_BT, labels_BT.to(logits_BT))
+        loss = gate_loss(model, new, old, settings, generator)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -126,13 +142,14 @@ def _fit(
         parameter.grad = None
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_share(step: int, steps: int) -> float:
     """Share of the learning rate: warm-up over the first twentieth, then a cosine to zero."""
     warm = max(1, steps // 20)
     return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
 
 
-def _draw(windows: Windows, count: int, generator: torch.Generator) -> Windows:
+def draw(windows: Windows, count: int, generator: torch.Generator) -> Windows:
+    """`count` windows with replacement."""
     return windows.take(torch.randint(len(windows), (count,), generator=generator))
 
 

@@ -21,7 +21,11 @@ WATCHED = 32
 class Growth:
     """What one growth did before any expert trained.
 
-    `identity_at_growth` is the largest change of any logit on text the model knew: 0 in mode gated.
+    `identity_at_growth` is the largest change of any logit on text the model knew. It is exactly 0
+    in modes gated and side, where new experts, their output matrices at zero, are only added. In
+    modes compete and preserve they take places among the K chosen, and a displaced old expert's
+    contribution is missing; compete also divides the old gates anew. In mode preserve it is thus 0
+    where no token of the text chose a new expert, and otherwise what the displaced ones gave.
     """
 
     identity_at_growth: float

@@ -67,13 +67,20 @@ class Plan:
 def plan_growth(config: ModelConfig, growth: GrowthConfig, name: str) -> Plan:
     """Plan one growth named `name` (the domain's name, as a rule).
 
-    Raises InputError where the name is taken or a layer number does not exist.
+    Modes gated and side go on top of any others. Raises InputError where the name is taken, a
     """
     taken = [generation.name for generation in config.generations]
     if name in taken:
         known = ", ".join(taken)
         raise InputError(
             f"generation '{name}' exists", "growth", f"the model already has {known}; give the new one another name"
+        )
+    joined = sorted({each.mode for each in config.generations if each.joins_softmax} - {growth.mode})
+    if growth.mode in ("compete", "preserve") and joined:
+        raise InputError(
+            f"mode {growth.mode} on a model that has a generation of mode {joined[0]}",
+            "growth.mode",
+            f"both route in the base's softmax, normalised differently; grow with {joined[0]}, gated or side",
         )
     layers = _chosen_layers(config, growth)
 
@@ -89,7 +96,7 @@ def plan_growth(config: ModelConfig, growth: GrowthConfig, name: str) -> Plan:
         attention_experts_per_token=growth.attention_experts_per_token,
         feedforward_experts_per_token=growth.feedforward_experts_per_token,
         d_feedforward=config.d_feedforward
-        if growth.mode == "compete"
+        if growth.mode in ("compete", "preserve")
         else growth.d_feedforward or config.d_feedforward,
         embedding_rank=growth.embedding_rank if gated else 0,
         head_rank=growth.head_rank if gated else 0,
@@ -138,7 +145,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Parameters by part, counted without allocating any.
 
     Active means what one token's forward multiplies with: chosen experts only, one embedding row,
-    every generation open.
+    every generation open, no choice null.
     """
     with torch.device("meta"):
         model = ModuleFormer(config)
@@ -177,7 +184,7 @@ def _idle(config: ModelConfig, shapes: Mapping[str, int]) -> int:
         ):
             generation = config.generations[int(name.split(".")[1])]
             layer = int(name.split(".")[3])
-            if generation.mode == "compete":
+            if generation.joins_softmax:  # K of all in one softmax: as many matrices as before
                 idle += size
             elif kind == "attention":
                 experts = generation.attention_experts[layer]

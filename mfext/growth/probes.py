@@ -41,7 +41,8 @@ def document_starts(input_ids_BT: Tensor, bos_id: int) -> Tensor:
 def self_probes(model: ModuleFormer, num: int, length: int, seed: int) -> Windows:
     """Sample `num` windows of `length` tokens from the frozen model itself, so that no old text is needed.
 
-    An equal share comes from the base and, with its gate held open, from each gated generation.
+    An equal share comes from the model with every gate held closed (generations without one stay in it) and from
+    each gated generation with its own held open.
     """
     config = model.config
     gated = [number for number, each in enumerate(config.generations, 1) if each.mode == "gated"]

@@ -5,15 +5,16 @@ Source: arXiv 2306.04640, section 2.2.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mfext.config import ModelConfig
 from mfext.model.decoding_step import SiteWeights, join
 from mfext.model.experts import AttentionExperts, mix_outputs, project_queries
-from mfext.model.forward_pass import Pass, SiteOutput, competing_layers
+from mfext.model.forward_pass import Pass, SiteOutput, competing_layers, route_jointly
 from mfext.model.generation import OpenTokens
 from mfext.model.positions import Positions
-from mfext.model.router import Router, RouterRows, Routing, Site, route
+from mfext.model.router import Chosen, Router, RouterRows, Routing, Site, route, without_null
 from mfext_kernels.grouped_linear.one_token import Matrices
 from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode
 from mfext_kernels.stickbreaking.reference import stickbreaking_weights
@@ -39,7 +40,8 @@ class ExpertAttention(nn.Module):
         competing = competing_layers(shared, self.site.layer)
         rows = [each.attention_router for each in competing if isinstance(each.attention_router, RouterRows)]
         stacks = [self.experts, *(each.attention for each in competing if isinstance(each.attention, AttentionExperts))]
-        routing = route(self.router(x_ND, rows), self.config.attention_experts_per_token, self.site)
+        chosen = self.config.attention_experts_per_token
+        routing = route_jointly(self.router(x_ND, rows), rows, chosen, self.site, shared)
         q_BTKHC = self._heads(project_queries(x_ND, stacks, routing), batch)
         o_MKA = self._attend(q_BTKHC, k_BSHC, v_BSHC, shared.positions)
         y_ND = mix_outputs(o_MKA, stacks, routing)
@@ -47,7 +49,8 @@ class ExpertAttention(nn.Module):
         for opened in shared.open_generations:
             grown = opened.layer(self.site.layer)
             if isinstance(grown.attention, AttentionExperts):
-                y_ND, grown_routing = self._add_generation(y_ND, x_ND, (k_BSHC, v_BSHC), opened, shared.positions)
+                add = self._add_gated if opened.generation.config.mode == "gated" else self._add_side
+                y_ND, grown_routing = add(y_ND, x_ND, (k_BSHC, v_BSHC), opened, shared.positions)
                 routings.append(grown_routing)
         weights = (
             stickbreaking_weights(q_BTKHC, k_BSHC, shared.positions.starts_BT) if shared.return_attentions else None
@@ -92,7 +95,7 @@ class ExpertAttention(nn.Module):
             o_BTKHC = stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, positions.starts_BT)
         return o_BTKHC.reshape(-1, q_BTKHC.shape[2], self.config.d_attention)
 
-    def _add_generation(
+    def _add_gated(
         self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, positions: Positions
     ) -> tuple[Tensor, Routing]:
         """Add an open generation's attention experts; closed tokens keep their bits."""
@@ -117,3 +120,37 @@ class ExpertAttention(nn.Module):
         if opened.tokens_in_rows_M is not None:
             o_MKA = o_MKA.index_select(0, opened.tokens_in_rows_M)
         return opened.add(y_ND, mix_outputs(o_MKA, [grown.attention], routing)), routing
+
+    def _add_side(
+        self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, positions: Positions
+    ) -> tuple[Tensor, Routing]:
+        """Add a side generation's attention experts where a token's choice is not the null one."""
+        grown, config = opened.layer(self.site.layer), opened.generation.config
+        assert isinstance(grown.attention_router, Router) and grown.attention is not None
+        logits_NE = grown.attention_router(x_ND)
+        routing = route(logits_NE, config.attention_experts_per_token, self.site, opened.number, has_null=True)
+        chosen = without_null(routing)
+        if not chosen.num_slots:
+            return y_ND, routing
+        q_R1A = project_queries(x_ND.index_select(0, chosen.rows_R), [grown.attention], chosen.routing)
+        o_RA = self._attend_chosen(q_R1A.squeeze(1), chosen, keys_values, positions)
+        change_RD = mix_outputs(o_RA.unsqueeze(1), [grown.attention], chosen.routing)
+        return y_ND.index_add(0, chosen.rows_R, change_RD.to(y_ND.dtype)), routing
+
+    def _attend_chosen(
+        self, q_RA: Tensor, chosen: Chosen, keys_values: tuple[Tensor, Tensor], positions: Positions
+    ) -> Tensor:
+        """Attended values (R, A): over the batch rows that chose any expert, and as many slots as any token fills."""
+        batch = keys_values[0].shape[0]
+        length = chosen.num_tokens // batch
+        row_R = torch.div(chosen.rows_R, length, rounding_mode="floor")
+        used_B = torch.zeros(batch, dtype=torch.bool, device=row_R.device).index_fill(0, row_R, True)
+        rows_b, at_R = used_B.nonzero().squeeze(1), (used_B.cumsum(0) - 1).index_select(0, row_R)
+        starts_BT = positions.starts_BT
+        if len(rows_b) < batch:
+            keys_values = (keys_values[0].index_select(0, rows_b), keys_values[1].index_select(0, rows_b))
+            starts_BT = None if starts_BT is None else starts_BT.index_select(0, rows_b)
+        places = (at_R * length + chosen.rows_R % length, chosen.slots_R)
+        q_MKA = q_RA.new_zeros(len(rows_b) * length, chosen.num_slots, q_RA.shape[1]).index_put(places, q_RA)
+        q_BTKHC = self._heads(q_MKA, len(rows_b))
+        return self._attend(q_BTKHC, *keys_values, Positions(positions.offset, starts_BT))[places]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from mfext.config import ModelConfig
 from mfext.model.decoding_step import SiteWeights, join
 from mfext.model.experts import FeedForwardExperts, mix_feedforward
-from mfext.model.forward_pass import Pass, SiteOutput, competing_layers
-from mfext.model.router import Router, RouterRows, Site, route
+from mfext.model.forward_pass import Pass, SiteOutput, competing_layers, route_jointly
+from mfext.model.generation import OpenTokens
+from mfext.model.router import Router, RouterRows, Routing, Site, route, without_null
 from mfext_kernels.grouped_linear.one_token import Matrices
 
 
@@ -28,21 +29,32 @@ class ExpertFeedForward(nn.Module):
         competing = competing_layers(shared, self.site.layer)
         rows = [each.feedforward_router for each in competing if isinstance(each.feedforward_router, RouterRows)]
         grown_stacks = [each.feedforward for each in competing if isinstance(each.feedforward, FeedForwardExperts)]
-        routing = route(self.router(x_ND, rows), self.config.feedforward_experts_per_token, self.site)
+        chosen = self.config.feedforward_experts_per_token
+        routing = route_jointly(self.router(x_ND, rows), rows, chosen, self.site, shared)
         y_ND = mix_feedforward(x_ND, [self.experts, *grown_stacks], routing)
         routings = [routing]
         for opened in shared.open_generations:
-            grown, config = opened.layer(self.site.layer), opened.generation.config
-            if grown.feedforward is None:
-                continue
-            assert isinstance(grown.feedforward_router, Router)
-            x_MD = opened.pick(x_ND)
-            logits_ME = grown.feedforward_router(x_MD)
-            chosen = config.feedforward_experts_per_token
-            routing = route(logits_ME, chosen, self.site, opened.number, opened.tokens_M)
-            y_ND = opened.add(y_ND, mix_feedforward(x_MD, [grown.feedforward], routing))
-            routings.append(routing)
+            if opened.layer(self.site.layer).feedforward is not None:
+                y_ND, grown_routing = self._add_generation(y_ND, x_ND, opened)
+                routings.append(grown_routing)
         return SiteOutput(y_ND.view_as(x_BTD), tuple(routings))
+
+    def _add_generation(self, y_ND: Tensor, x_ND: Tensor, opened: OpenTokens) -> tuple[Tensor, Routing]:
+        """Add a generation's experts: of a gated one on its open tokens, of a side one where the choice is not null."""
+        grown, config = opened.layer(self.site.layer), opened.generation.config
+        assert isinstance(grown.feedforward_router, Router) and grown.feedforward is not None
+        num_chosen, stacks = config.feedforward_experts_per_token, [grown.feedforward]
+        x_MD = opened.pick(x_ND)
+        logits_ME = grown.feedforward_router(x_MD)
+        if config.mode == "gated":
+            routing = route(logits_ME, num_chosen, self.site, opened.number, opened.tokens_M)
+            return opened.add(y_ND, mix_feedforward(x_MD, stacks, routing)), routing
+        routing = route(logits_ME, num_chosen, self.site, opened.number, has_null=True)
+        chosen = without_null(routing)
+        if not chosen.num_slots:
+            return y_ND, routing
+        change_RD = mix_feedforward(x_ND.index_select(0, chosen.rows_R), stacks, chosen.routing)
+        return y_ND.index_add(0, chosen.rows_R, change_RD.to(y_ND.dtype)), routing
 
     def weights(self, norm: nn.LayerNorm) -> SiteWeights:
         """What a decoding step of one sequence reads."""

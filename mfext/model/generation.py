@@ -51,9 +51,10 @@ class GenerationLayer(nn.Module):
         attention, feedforward = config.attention_experts[layer], config.feedforward_experts[layer]
 
         def router(num_experts: int) -> nn.Module:
-            if config.mode == "compete":
+            if config.joins_softmax:
                 return RouterRows(num_features, num_experts)
-            return Router(model.router, model.d_model, model.d_router, num_experts)
+            null_choice = config.mode == "side"
+            return Router(model.router, model.d_model, model.d_router, num_experts + null_choice)
 
         self.attention = AttentionExperts(attention, model.d_model, model.d_attention) if attention else None
         self.attention_router = router(attention) if attention else None
@@ -86,7 +87,7 @@ class Generation(nn.Module):
 
 @dataclass(frozen=True)
 class OpenTokens:
-    """Which tokens of a forward a gated generation is open on.
+    """Which tokens of a forward a generation with a router of its own is open on: all, in mode side.
 
     `gate_BT` is g in [0, 1]; `tokens_M` flat indices with g > 0, or None where every token is
     open; `rows_b` the batch rows holding any, or None for all; `tokens_in_rows_M` the flat
@@ -113,6 +114,11 @@ class OpenTokens:
         tokens_M = open_BT.flatten().nonzero().squeeze(1)
         tokens_in_rows_M = open_BT[rows_b].flatten().nonzero().squeeze(1)
         return cls(number, generation, gate_BT, tokens_M, rows_b, tokens_in_rows_M)
+
+    @classmethod
+    def everywhere(cls, number: int, generation: Generation, input_ids_BT: Tensor) -> OpenTokens:
+        """A side generation: no gate, no token closed; its routers' null choices decide."""
+        return cls(number, generation, torch.ones_like(input_ids_BT, dtype=torch.float32), None, None, None)
 
     def layer(self, index: int) -> GenerationLayer:
         layer = self.generation.layers[index]

@@ -1,6 +1,8 @@
 """Losses of a ModuleFormer; padding tokens never count.
 
 Source: arXiv 2306.04640, equations 3-5 (`mi`); the published configs' alternative (`switch`).
+A router with a null choice (mode side) is balanced over its experts alone, given that one is
+chosen: how often the choice is null is for the language loss to decide.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ def _entropy(probs: Tensor) -> Tensor:
 
 
 def _weigh(routing: Routing, valid_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (M, E) and weights (M) that sum to one over the tokens that count."""
-    log_probs_ME = routing.log_probs_ME
+    """Log-probabilities of the experts (M, E) and weights (M) that sum to one over the tokens that count."""
+    log_probs_ME = routing.expert_log_probs_ME
     if valid_N is None:
         weight_M = log_probs_ME.new_ones(log_probs_ME.shape[0])
     else:
@@ -74,8 +76,9 @@ def _switch(routing: Routing, valid_N: Tensor | None) -> Tensor:
     probability_E = (log_probs_ME.exp() * weight_M[:, None]).sum(0)
     # Counts are float32 whatever the model's dtype, as published: exact to 2**24 tokens, which bfloat16 is not to 2**8.
     chosen_E = torch.zeros_like(probability_E, dtype=torch.float32)
-    counts_M = (weight_M > 0).float()
-    chosen_E.index_add_(0, routing.experts_MK.flatten(), counts_M[:, None].expand_as(routing.experts_MK).flatten())
+    experts_MK = routing.experts_MK
+    counts_MK = (weight_M > 0)[:, None] & (experts_MK < routing.num_experts)
+    chosen_E.index_add_(0, experts_MK.clamp_max(routing.num_experts - 1).flatten(), counts_MK.float().flatten())
     share = (F.normalize(probability_E, p=1, dim=0) * F.normalize(chosen_E, p=1, dim=0)).sum()
     z = (torch.logsumexp(routing.logits_ME, dim=-1) ** 2 * weight_M).sum()
     return routing.num_experts * share + 0.1 * z

@@ -143,13 +143,9 @@ class ModuleFormer(nn.Module):
         ):
             return self._decode(input_ids, cache)
         gates = self._open_gates(input_ids, positions, cache)
-        opened = tuple(
-            each
-            for each in (OpenTokens.of(number, self.generation(number), gate_BT) for number, gate_BT in gates.items())
-            if each
-        )
+        opened = self._open_generations(input_ids, gates)
         competing = tuple(
-            self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.mode == "compete"
+            self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.joins_softmax
         )
         shared = Pass(positions, opened, competing, cache, return_attentions)
         x_BTD = self._embed(input_ids, opened)
@@ -245,6 +241,16 @@ class ModuleFormer(nn.Module):
                 if cache is not None:
                     cache.gates[number] = state
         return gates
+
+    def _open_generations(self, input_ids: Tensor, gates: dict[int, Tensor]) -> tuple[OpenTokens, ...]:
+        """The gated generations open on any token, and every side generation, in order of number."""
+        opened = []
+        for number, config in enumerate(self.config.generations, 1):
+            if number in gates:
+                opened.append(OpenTokens.of(number, self.generation(number), gates[number]))
+            elif config.mode == "side":
+                opened.append(OpenTokens.everywhere(number, self.generation(number), input_ids))
+        return tuple(each for each in opened if each is not None)
 
     def _embed(self, input_ids: Tensor, opened: tuple[OpenTokens, ...]) -> Tensor:
         x_BTD: Tensor = self.embedding(input_ids)

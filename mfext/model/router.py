@@ -36,10 +36,12 @@ class Site:
 class Routing:
     """One site's decision for M tokens, immutable.
 
-    `generation` is 0 for the base's softmax (competing generations route inside it, their
-    experts numbered after the base's) and the 1-based number of a gated generation otherwise.
-    `tokens_M` holds the flat indices (b*T + t) of the tokens decided for; None means all N.
-    Log-probabilities and logits are over all E experts of this softmax, before top-k.
+    `generation` is 0 for the base's softmax (generations of mode compete and preserve route inside
+    it, their experts numbered after the base's) and the 1-based number of a gated or side
+    generation otherwise. `tokens_M` holds the flat indices (b*T + t) of the tokens decided for;
+    None means all N. Log-probabilities and logits are over all E experts of this softmax, before
+    top-k. With `has_null` their last column is the null choice, in `experts_MK` the number E:
+    no expert, nothing computed, nothing added.
     """
 
     site: Site
@@ -49,24 +51,91 @@ class Routing:
     log_probs_ME: Tensor
     logits_ME: Tensor
     tokens_M: Tensor | None = None
+    has_null: bool = False
 
     @property
     def num_experts(self) -> int:
-        return self.logits_ME.shape[-1]
+        """E, without the null choice."""
+        return self.logits_ME.shape[-1] - self.has_null
+
+    @property
+    def expert_log_probs_ME(self) -> Tensor:
+        """Log-probabilities over the E experts alone: given that the choice is not the null one."""
+        return F.log_softmax(self.logits_ME[:, : self.num_experts], dim=-1) if self.has_null else self.log_probs_ME
 
     @cached_property
     def dispatch(self) -> Dispatch:
         """The tokens sorted by expert, once asked for: a decoding step never does."""
+        assert not self.has_null, "null choices are not dispatched: see without_null"
         return make_dispatch(self.experts_MK, self.num_experts)
 
 
 def route(
-    logits_ME: Tensor, num_chosen: int, site: Site, generation: int = 0, tokens_M: Tensor | None = None
+    logits_ME: Tensor,
+    num_chosen: int,
+    site: Site,
+    generation: int = 0,
+    tokens_M: Tensor | None = None,
+    has_null: bool = False,
 ) -> Routing:
-    """Choose the `num_chosen` most probable experts of every token."""
+    """Choose the `num_chosen` most probable experts of every token; with `has_null` the last column is one of them."""
     log_probs_ME = F.log_softmax(logits_ME, dim=-1)
     top_log_probs_MK, experts_MK = log_probs_ME.topk(num_chosen, dim=-1)
-    return Routing(site, generation, experts_MK, top_log_probs_MK.exp(), log_probs_ME, logits_ME, tokens_M)
+    return Routing(site, generation, experts_MK, top_log_probs_MK.exp(), log_probs_ME, logits_ME, tokens_M, has_null)
+
+
+def route_preserving(logits_ME: Tensor, stack_sizes: Sequence[int], num_chosen: int, site: Site) -> Routing:
+    """Choose among all experts as one softmax ranks them; gate each as if nothing newer existed.
+
+    The gates of stack n (`stack_sizes` experts: the base's, then each generation's) are softmax
+    probabilities over the stacks 0 .. n. An old expert's gate is then, bit for bit, what it was
+    before growth: experts are ranked by the joint logits measured from the base's own normaliser,
+    so that rounding cannot order old ones anew. The K gates may sum to more than 1.
+    """
+    base_MB = logits_ME[:, : stack_sizes[0]]
+    base_log_probs_MB = F.log_softmax(base_MB, dim=-1)
+    with torch.no_grad():
+        newer = logits_ME[:, stack_sizes[0] :] - base_MB.logsumexp(-1, keepdim=True)
+        experts_MK = torch.cat([base_log_probs_MB, newer], dim=-1).topk(num_chosen, dim=-1).indices
+    log_gates, end = [base_log_probs_MB], stack_sizes[0]
+    log_probs_ME = base_log_probs_MB
+    for size in stack_sizes[1:]:
+        log_probs_ME = F.log_softmax(logits_ME[:, : end + size], dim=-1)
+        log_gates.append(log_probs_ME[:, end:])
+        end += size
+    gates_MK = torch.cat(log_gates, dim=-1).gather(-1, experts_MK).exp()
+    return Routing(site, 0, experts_MK, gates_MK, log_probs_ME, logits_ME)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The choices of a routing that are experts, as R rows of one expert each, in order of token.
+
+    Row r is choice `slots_R[r]` of token `rows_R[r]` of `num_tokens`, the slots of a token counted from 0 without gaps.
+    """
+
+    num_tokens: int
+    rows_R: Tensor
+    slots_R: Tensor
+    routing: Routing
+
+    @cached_property
+    def num_slots(self) -> int:
+        """The most experts any token uses."""
+        return int(self.slots_R.max()) + 1 if self.slots_R.numel() else 0
+
+
+def without_null(routing: Routing) -> Chosen:
+    """Only the choices that cost something."""
+    real_MK = routing.experts_MK < routing.num_experts
+    rows_R, _ = real_MK.nonzero(as_tuple=True)
+    slots_R = (real_MK.cumsum(1) - 1)[real_MK]
+    experts_R1, gates_R1 = (each[real_MK].unsqueeze(1) for each in (routing.experts_MK, routing.gates_MK))
+    with torch.no_grad():
+        logits_RE = routing.logits_ME[:, : routing.num_experts].index_select(0, rows_R)
+        log_probs_RE = routing.expert_log_probs_ME.index_select(0, rows_R)
+    own = Routing(routing.site, routing.generation, experts_R1, gates_R1, log_probs_RE, logits_RE, rows_R)
+    return Chosen(len(real_MK), rows_R, slots_R, own)
 
 
 class RouterRows(nn.Module):

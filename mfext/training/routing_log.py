@@ -32,30 +32,29 @@ class Routed(Protocol):
 
 @torch.no_grad()
 def routing_numbers(output: Routed, config: ModelConfig, num_tokens: int) -> dict[str, float]:
-    """Of the newest generation (of the base where there is none or it competes in the base's softmax).
+    """Of the newest generation (of the base where there is none or it routes in the base's softmax).
 
     `routing_entropy_KIND`: entropy in nats of the mean routing distribution, mean over layers.
+    In mode side the null choice is one of its outcomes.
     `dead_experts_KIND`: experts no token chose, summed over layers. `gate_open_share`: tokens on
     which the newest domain gate is above 0. `new_expert_share`: of all choices at the sites, those
-    that went to new experts (competing), or tokens x layers dispatched to them (gated).
+    that went to new experts (compete, preserve), or tokens x layers dispatched to them (gated, side).
     A number that has no meaning here (a closed gate, no generation) is absent.
     """
     newest = config.generations[-1] if config.generations else None
-    number = len(config.generations) if newest is not None and newest.mode == "gated" else 0
+    number = len(config.generations) if newest is not None and not newest.joins_softmax else 0
     watched = [routing for routing in output.routings if routing.generation == number]
     numbers: dict[str, float] = {}
     for kind in KINDS:
         of_kind = [routing for routing in watched if routing.site.kind == kind]
         if of_kind:
             numbers[f"routing_entropy_{kind}"] = sum(_entropy(routing) for routing in of_kind) / len(of_kind)
-            numbers[f"dead_experts_{kind}"] = float(
-                sum(size == 0 for routing in of_kind for size in routing.dispatch.sizes)
-            )
-    if number and output.gates is not None:
+            numbers[f"dead_experts_{kind}"] = float(sum(size == 0 for routing in of_kind for size in _sizes(routing)))
+    if newest is not None and newest.mode == "gated" and output.gates is not None:
         numbers["gate_open_share"] = float((output.gates[..., -1] > 0).double().mean())
     if newest is not None:
         new = [(routing, _new_experts(routing, config)) for routing in watched]
-        numbers["new_expert_share"] = _gated_share(watched, config, num_tokens) if number else _competing_share(new)
+        numbers["new_expert_share"] = _own_router_share(watched, config, num_tokens) if number else _joint_share(new)
     return numbers
 
 
@@ -64,20 +63,28 @@ def _entropy(routing: Routing) -> float:
     return float(-torch.xlogy(mean_E, mean_E).sum())
 
 
+def _sizes(routing: Routing) -> tuple[int, ...]:
+    """Choices that fell on each expert, null choices left out."""
+    if not routing.has_null:
+        return routing.dispatch.sizes
+    counts = torch.bincount(routing.experts_MK.flatten(), minlength=routing.num_experts + 1)
+    return tuple(counts[: routing.num_experts].tolist())
+
+
 def _new_experts(routing: Routing, config: ModelConfig) -> int:
     newest = config.generations[-1]
     counts = newest.attention_experts if routing.site.kind == "attention" else newest.feedforward_experts
     return counts[routing.site.layer]
 
 
-def _competing_share(routings: Sequence[tuple[Routing, int]]) -> float:
+def _joint_share(routings: Sequence[tuple[Routing, int]]) -> float:
     total = sum(sum(routing.dispatch.sizes) for routing, _ in routings)
     new = sum(sum(routing.dispatch.sizes[-count:]) for routing, count in routings if count)
     return new / total if total else 0.0
 
 
-def _gated_share(routings: Sequence[Routing], config: ModelConfig, num_tokens: int) -> float:
+def _own_router_share(routings: Sequence[Routing], config: ModelConfig, num_tokens: int) -> float:
     newest = config.generations[-1]
     sites = sum(count > 0 for count in newest.attention_experts + newest.feedforward_experts)
-    dispatched = sum(routing.experts_MK.shape[0] for routing in routings)
+    dispatched = sum(int((routing.experts_MK < routing.num_experts).any(1).sum()) for routing in routings)
     return dispatched / (sites * num_tokens) if sites and num_tokens else 0.0
