@@ -106,20 +106,20 @@ def _side_by_side(data: Json, groups: Sequence[Group]) -> Table:
             group.forgetting.in_bits.shown(digits),
             *(NONE if name == group.name else _ratio(group, name) for name in references),
             group.learned_mean.in_bits.shown(3),
-            group.bystanders.in_bits.shown(3),
+            signed(group.bystanders.in_bits.value, 3),
             count(number_at(group.data, "params", "total")),
-            whole(number_at(group.data, "tokens_per_s")),
         )
         for group in groups
     )
     against = tuple(f"to {name}" for name in references)
-    columns = ("setting", "seeds", "forgotten", *against, "learned", "bystanders", "parameters", "tokens/s")
+    columns = ("setting", "seeds", "forgotten", *against, "learned", "bystanders", "parameters")
     note = (
         "Forgotten: mean rise of the loss on all domains learned before the last stage. Learned: mean loss on each "
         "new domain right after its stage. Bystanders: mean rise on domains never trained. All in bits per byte, lower "
         "is better, ± half the 95 % interval over seeds (Student's t)."
     )
-    reasons = sorted({group.forgetting.reason for group in groups if group.forgetting.reason})
+    unknown = [group for group in groups if group.forgetting.value is None]
+    reasons = sorted({f"{group.name}: {group.forgetting.reason}" for group in unknown if group.forgetting.reason})
     note = f"{note} {'; '.join(reasons)}." if reasons else note
     return Table(
         "Side by side", columns=columns, rows=rows, text_columns=("setting",), note=note, numbers=_numbers(data, groups)

@@ -9,7 +9,7 @@ from mfext.report.groups import LN2, Estimate, Group
 from mfext.report.quantities import bits
 from mfext.report.reading import Json, as_number, domains, listed, mapping, matrix, stages
 from mfext.report.report import Curves, CurvesGrid, HeatMap, HeatMaps, Point, Scatter, Series, Spread
-from mfext.report.since import changes_since_learned
+from mfext.report.since import changes_since_learned, learned_stages, starts_from_random
 
 # Beyond this ratio of the largest to the smallest forgetting a linear axis shows the small ones as one.
 LINEAR_UP_TO = 20.0
@@ -69,7 +69,7 @@ def _bend(values: Sequence[float]) -> float | None:
 
 
 def stream_curves(groups: Sequence[Group]) -> CurvesGrid:
-    """Per domain its loss through the stream, one line per setting: within stages where it was measured there."""
+    """Per domain its loss since the stage that learned it, one line per setting; within stages where measured there."""
     names = list(dict.fromkeys(name for group in groups for name in domains(group.data)))
     charts = tuple(chart for name in names if (chart := _stream_of(name, groups)).series)
     inside = any(mapping(group.data, "within") for group in groups)
@@ -77,21 +77,38 @@ def stream_curves(groups: Sequence[Group]) -> CurvesGrid:
         "at every evaluation within the stages (the first seed's)" if inside else "after every stage (mean of seeds)"
     )
     return CurvesGrid(
-        "Loss through the stream",
+        "Loss since it was learned",
         charts=charts if any(len(stages(group.data)) > 2 for group in groups) else (),
-        note=f"Bits per byte on one domain, {where}. A line that rises after its domain's stage is forgetting.",
+        note=f"Bits per byte on one domain, {where}, from the stage that learned it (never trained: from the first) to "
+        "the last. Rising is forgetting.",
         in_terminal=False,
     )
 
 
 def _stream_of(domain: str, groups: Sequence[Group]) -> Curves:
     inside = any(listed(group.data, "within", domain) for group in groups)
-    series = [Series(group.name, points) for group in groups if (points := _points(group.data, domain, inside))]
+    series = [Series(group.name, points) for group in groups if (points := _since(group.data, domain, inside))]
+    if not any(len(each.points) > 1 for each in series):
+        return Curves(domain)
     named = next((group.data for group in groups if len(stages(group.data)) > 1), {})
     ends = [as_number(end) for end in listed(named, "borders")] if inside else list(range(len(stages(named)) - 1))
-    borders = tuple((float(at), name) for at, name in zip(ends, stages(named)[1:], strict=False) if at is not None)
+    first = min(each.points[0][0] for each in series)
+    known = [(float(at), name) for at, name in zip(ends, stages(named)[1:], strict=False) if at is not None]
+    borders = tuple((at, name) for at, name in known if at >= first)
     x_label = "step" if inside else "stage"
     return Curves(domain, series=tuple(series), borders=borders, x_label=x_label, y_label="bits per byte")
+
+
+def _since(data: Json, domain: str, inside: bool) -> tuple[tuple[float, float], ...]:
+    """The domain's line from the end of the stage that learned it; a bystander's from the first row that is trained."""
+    stage = learned_stages(data).get(domain)
+    stage = int(starts_from_random(data)) if stage is None else stage
+    borders = [as_number(border) for border in listed(data, "borders")]
+    start = float(stage)
+    if inside:
+        known = borders[stage] if stage < len(borders) else None
+        start = known if known is not None else 0.0
+    return tuple(point for point in _points(data, domain, inside) if point[0] >= start)
 
 
 def _points(data: Json, domain: str, inside: bool) -> tuple[tuple[float, float], ...]:
@@ -147,8 +164,9 @@ def change_maps(groups: Sequence[Group]) -> HeatMaps:
         for group in groups
         if len(matrix(group.data)) > 1
     )
+    never = "the first stage" if any(starts_from_random(group.data) for group in groups) else "row 0"
     note = (
-        "Bits per byte against the stage that learned the domain (never trained: against row 0). Above zero is "
+        f"Bits per byte against the stage that learned the domain (never trained: against {never}). Above zero is "
         f"forgetting. {_stage_key(groups)}"
     )
     return HeatMaps("Change since it was learned", maps=maps, note=note, in_terminal=False)

@@ -111,24 +111,32 @@ def _group(data: Json) -> Group:
 
 
 def as_fraction(share: float | None) -> str:
-    """A ratio as people say it: '1/52', '3.2 times', 'none' at or below zero."""
+    """A ratio as people say it: '1/52', '3.2 ×', '0' at or below zero."""
+    return _ratio_words(share, is_small(share))
+
+
+def is_small(share: float | None) -> bool:
+    """Whether a ratio is said as a fraction."""
+    return share is not None and 0 < share <= 1 / 1.5
+
+
+def _ratio_words(share: float | None, as_part: bool) -> str:
     if share is None:
         return NONE
     if share <= 0:
-        return "none"
-    inverse = 1 / share
-    if inverse >= 1.5:
-        return f"1/{number(inverse, 0 if inverse >= 9.5 else 1)}"
-    return f"{number(share, 2 if share < 9.95 else 0)} ×"
+        return "0"
+    if as_part:
+        return f"1/{number(1 / share, 0 if 1 / share >= 9.5 else 1)}"
+    return f"{number(share, 2 if share < 9.95 else 0)}{THIN}×"
 
 
 def ratio_text(of: Estimate) -> str:
-    """A ratio with its interval as fractions: '1/52 (1/110 to 1/30)'."""
-    if of.value is None:
-        return NONE
+    """A ratio with its interval in one notation: '1/52 (1/110–1/30)', '3.69 × (2.25 ×–4.76 ×)'."""
+    as_part = is_small(of.value)
     if of.low is None or of.high is None or of.low == of.high:
-        return as_fraction(of.value)
-    return f"{as_fraction(of.value)} ({as_fraction(of.low)} to {as_fraction(of.high)})"
+        return _ratio_words(of.value, as_part)
+    low, high = (_ratio_words(edge, as_part) for edge in (of.low, of.high))
+    return f"{_ratio_words(of.value, as_part)} ({low}–{high})"
 
 
 def signed_percent(share: float | None) -> str:

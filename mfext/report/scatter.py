@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mfext.report.charts import UNITS, Mark, nice_ticks
 from mfext.report.quantities import number, signed
@@ -14,8 +14,13 @@ from mfext.report.report import Point, Scatter, Spread
 WIDTH, HEIGHT = 520.0, 380.0
 LETTER, LINE, DOT = 7.2, 16.0, 12.0
 # Places for a name, the best first: (word for the style sheet, left edge in its widths, bottom edge in lines).
-PLACES = (("right", 0.0, -0.5), ("left", -1.0, -0.5), ("above", -0.5, 0.6), ("below", -0.5, -1.6))
+PLACES = (("right", 0.0, 0.1), ("left", -1.0, 0.1), ("above", -0.5, 0.7), ("below", -0.5, -1.7))
 ROOM = 0.07
+# A dot this many times further from the best than half of them is pinned to the upper edge: it would flatten the rest.
+FAR = 6.0
+FEW = 4
+PINNED = 96.5
+TICKS_APART = 0.13
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,13 @@ def draw_scatter(section: Scatter) -> DrawnScatter:
     """Places the dots; both axes hold all intervals, the horizontal one zero as well."""
     bend = bending(section.linear_below)
     at_x, (left, right) = _axis([point.x for point in section.points], bend, hold=(0.0,))
-    at_y, (bottom, top) = _axis([point.y for point in section.points], float, hold=())
-    spots = [(at_x(point.x.value), at_y(point.y.value)) for point in section.points]
-    sides = name_places([point.name for point in section.points], spots)
+    limit = highest_shown([point.y.value for point in section.points])
+    at_y, (bottom, top) = _axis([point.y for point in section.points if point.y.value <= limit], float, hold=())
+    names = [point.name if point.y.value <= limit else _beyond(point) for point in section.points]
+    spots = [(at_x(point.x.value), min(at_y(point.y.value), PINNED)) for point in section.points]
+    sides = name_places(names, spots)
     dots = tuple(
-        _dot(point, chr(ord("A") + index % 26), (at_x, at_y), sides[index])
+        _dot(replace(point, name=names[index]), chr(ord("A") + index % 26), (at_x, at_y), sides[index])
         for index, point in enumerate(section.points)
     )
     x_ticks = _bent_ticks(left, right, section.linear_below)
@@ -68,6 +75,19 @@ def draw_scatter(section: Scatter) -> DrawnScatter:
         _front([dot for dot in dots if dot.on_front]),
         at_x(0.0) if section.points else None,
     )
+
+
+def highest_shown(values: Sequence[float]) -> float:
+    """The largest of `values` that the vertical axis still shows."""
+    if len(values) < FEW:
+        return max(values, default=0.0)
+    ordered = sorted(values)
+    half = ordered[(len(ordered) - 1) // 2] - ordered[0]
+    return max(value for value in ordered if value <= ordered[0] + FAR * half or not half)
+
+
+def _beyond(point: Point) -> str:
+    return f"{point.name} ↑ {number(point.y.value, 2)}"
 
 
 def bending(linear_below: float | None) -> Scale:
@@ -92,7 +112,12 @@ def _bent_ticks(low: float, high: float, linear_below: float | None) -> tuple[fl
     bend = bending(linear_below)
     powers = [linear_below * 10.0**power for power in range(12)]
     ticks = [*(-power for power in reversed(powers)), 0.0, *powers]
-    return tuple(tick for tick in ticks if low <= bend(tick) <= high)
+    kept: list[float] = [0.0] if low <= 0.0 <= high else []
+    for tick in sorted(ticks, key=abs, reverse=True):
+        near = any(abs(bend(tick) - bend(other)) < TICKS_APART * (high - low) for other in kept)
+        if low <= bend(tick) <= high and not near:
+            kept.append(tick)
+    return tuple(sorted(kept))
 
 
 def _decimals(tick: float) -> int:
@@ -106,9 +131,9 @@ def _dot(point: Point, letter: str, scales: tuple[Scale, Scale], side: str) -> D
         point.name,
         letter,
         at_x(point.x.value),
-        at_y(point.y.value),
+        min(at_y(point.y.value), PINNED),
         _whisker(point.x, at_x),
-        _whisker(point.y, at_y),
+        _whisker(point.y, at_y) if at_y(point.y.value) <= PINNED else None,
         point.on_front,
         side,
         hint,

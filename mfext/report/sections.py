@@ -40,7 +40,7 @@ from mfext.report.reading import (
 )
 from mfext.report.reading import number as number_at
 from mfext.report.report import Bar, Bars, Card, Cards, HeatMap, KeyValues, Report, Section, Table, Tone
-from mfext.report.since import changes_since_learned, row_zero, starts_from_random
+from mfext.report.since import changes_since_learned, row_zero, starts_from_random, stream_table
 from mfext.report.verdict import in_bits, includes_zero, run_verdict
 
 # A mean forgetting above this many bits per byte is shown as bad.
@@ -59,7 +59,7 @@ def growth_sections(data: Json, extras: Extras) -> tuple[Section, ...]:
     """Everything a run's report shows below the verdict, in order; parts without data are left out."""
     sections: list[Section | None] = [
         _cards(data),
-        _outcome(data),
+        stream_table(data) if len(matrix(data)) > 2 else _outcome(data),
         _loss_matrix(data),
         _change_matrix(data),
         _since_learned(data),
