@@ -236,24 +236,29 @@ def _run_recipes(verb: Verb, arguments: Arguments) -> None:
             arguments.values[key] = value
     name, sweep = arguments.values.pop("recipe", None), arguments.values.pop("multirun", False)
     if invocation.resume is not None:
-        recipes = [_resumed(invocation.resume, name, sweep, arguments)]
+        each = _resumed(invocation.resume, name, sweep, arguments)
     elif sweep:
-        combinations = recipe.expand_sweep(arguments.overrides)
-        recipes = [recipe.load_recipe(verb.name, name, each, arguments.values) for each in combinations]
-        recipes = [_numbered(each, number) for number, each in enumerate(recipes)]
+        return _run_sweep(verb, name, arguments, invocation)
+    elif invocation.jobs != 1 or invocation.array_job is not None:
+        raise InputError("--jobs and --array-job are for sweeps", f"mfext {verb.name}", "add -m to run a sweep")
     else:
-        recipes = [recipe.load_recipe(verb.name, name, arguments.overrides, arguments.values)]
+        each = recipe.load_recipe(verb.name, name, arguments.overrides, arguments.values)
     command = importlib.import_module(verb.module)
-    reports = []
-    for each in recipes:
-        with contextlib.redirect_stdout(sys.stderr):
-            report: Report = command.run(each, invocation)
-        reports.append(_complete(report, each.seed, recipe.config_hash(each)))
-        if not invocation.json:
-            _render(reports[-1])
-    if invocation.json:
-        texts = [_json(report) for report in reports]
-        print(f'{{"runs": [{", ".join(texts)}]}}' if sweep else texts[0])
+    with contextlib.redirect_stdout(sys.stderr):
+        report: Report = command.run(each, invocation)
+    _print(_complete(report, each.seed, recipe.config_hash(each)), invocation)
+
+
+def _run_sweep(verb: Verb, recipe_name: str | None, arguments: Arguments, invocation: requests.Invocation) -> None:
+    """Run every combination; the report of the whole on stdout, then the first failure, if any, as the exit code."""
+    from mfext.commands import sweep
+
+    order = sweep.order_sweep(verb.name, recipe_name, arguments.overrides, arguments.values)
+    with contextlib.redirect_stdout(sys.stderr):
+        outcome = sweep.run(order, invocation)
+    _print(outcome.report, invocation)
+    if outcome.failure is not None:
+        raise outcome.failure
 
 
 def _resumed(run: str, name: str | None, sweep: bool, arguments: Arguments) -> Recipe:
@@ -263,14 +268,11 @@ def _resumed(run: str, name: str | None, sweep: bool, arguments: Arguments) -> R
     where = {key: value for key, value in arguments.values.items() if key.startswith("trainer.")}
     extra = [*arguments.overrides, *(key for key in arguments.values if key not in where)]
     if name is not None or sweep or extra:
-        given = (extra or ["--recipe" if name else "-m"])[0]
+        if sweep:
+            raise InputError("a sweep is not resumed", f"--resume {run}", "give the same command with --out FOLDER")
+        given = (extra or ["--recipe"])[0]
         raise InputError("a resumed run keeps its recipe", f"--resume {run}", f"remove {given}, or start a new run")
     return recipe.recipe_of_run(Path(run), where)
-
-
-def _numbered(recipe: Recipe, number: int) -> Recipe:
-    """Each run of a multirun writes to a folder of its own inside `out`."""
-    return recipe if recipe.out is None else dataclasses.replace(recipe, out=str(Path(recipe.out) / str(number)))
 
 
 def _run_request(verb: Verb, arguments: Arguments) -> None:
@@ -282,7 +284,8 @@ def _run_request(verb: Verb, arguments: Arguments) -> None:
         set_key(plain, assignment.key, assignment.value)
     for key, value in arguments.values.items():
         set_key(plain, key, value)
-    needed = next((key for key in ("model", "domains", "run") if _needs(verb, key) and key not in plain), None)
+    keys = ("model", "domains", "run", "number")
+    needed = next((key for key in keys if _needs(verb, key) and key not in plain), None)
     if needed:
         spelled = next((flag.name for flag in verb.flags if flag.key == needed), needed.upper())
         raise InputError(f"{spelled} is missing", f"mfext {verb.name}", f"for example: {verb.example}")
@@ -297,11 +300,7 @@ def _run_request(verb: Verb, arguments: Arguments) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         report: Report = command.run(request, invocation)
     asked = json.dumps(to_mapping(request), sort_keys=True)
-    report = _complete(report, request.seed, hashlib.sha256(asked.encode()).hexdigest())
-    if invocation.json:
-        print(_json(report))
-    else:
-        _render(report)
+    _print(_complete(report, request.seed, hashlib.sha256(asked.encode()).hexdigest()), invocation)
 
 
 def _needs(verb: Verb, key: str) -> bool:
@@ -318,13 +317,12 @@ def _complete(report: Report, seed: int, config_hash: str) -> Report:
     return dataclasses.replace(report, data=data)
 
 
-def _json(report: Report) -> str:
+def _print(report: Report, invocation: requests.Invocation) -> None:
+    """The report on stdout: one JSON object, or words."""
     from mfext.report.as_json import to_json
-
-    return to_json(report)
-
-
-def _render(report: Report) -> None:
     from mfext.report.terminal import render
 
-    render(report, sys.stdout)
+    if invocation.json:
+        print(to_json(report))
+    else:
+        render(report, sys.stdout)

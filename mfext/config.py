@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mfext.config_checks import require, require_at_least, require_choices
+from mfext.config_machine import LoggerConfig, TrainerConfig
 from mfext.config_methods import EwcConfig, ExpandConfig, LoraConfig, LwfConfig, ReplayConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
+Architecture = Literal["moduleformer", "dense"]
 RouterKind = Literal["mlp", "linear", "gmm"]
 RoutingLoss = Literal["mi", "switch"]
 Initialisation = Literal["published", "scaled"]
@@ -28,7 +30,6 @@ ExpertInitialisation = Literal["copy_most_used", "random", "mean"]
 Probe = Literal["self", "reservoir", "both", "none"]
 Precision = Literal["fp32", "bf16"]
 MethodName = Literal["grow", "full", "replay", "ewc", "lwf", "lora", "expand", "frozen", "joint", "independent"]
-Strategy = Literal["single", "ddp"]
 
 
 def check_name(name: str) -> str:
@@ -102,8 +103,13 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a ModuleFormer (arXiv 2306.04640) and of the generations grown on it."""
+    """Shape of a ModuleFormer (arXiv 2306.04640) and of the generations grown on it.
 
+    `architecture` dense is a softmax transformer without experts, to judge it by: every count of experts is 1,
+    `d_attention` and `d_feedforward` are the widths of its one attention and one SwiGLU layer, and it cannot grow.
+    """
+
+    architecture: Architecture = "moduleformer"
     vocab_size: int = 258
     d_model: int = 160
     num_layers: int = 4
@@ -149,6 +155,16 @@ class ModelConfig:
         joined = {generation.mode for generation in self.generations if generation.joins_softmax}
         rule = "either compete or preserve where they join the base's softmax: it is normalised in one way"
         require(self, "generations", len(joined) <= 1, rule)
+        if self.architecture == "dense":
+            self._check_dense()
+
+    def _check_dense(self) -> None:
+        for kind in ("attention", "feedforward"):
+            require(self, f"{kind}_experts", getattr(self, f"{kind}_experts") == 1, "1 where architecture is dense")
+        require(self, "routing_loss_weight", self.routing_loss_weight == 0, "0 where architecture is dense")
+        require(self, "generations", not self.generations, "empty where architecture is dense")
+        rule = f"an even width a head ({self.num_heads} heads): rotary positions turn pairs"
+        require(self, "d_attention", self.d_head % 2 == 0, rule)
 
     @property
     def d_head(self) -> int:
@@ -331,31 +347,6 @@ class BaseConfig:
     domains: tuple[str, ...] = ("prose",)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Where training runs. `threads` None leaves torch's own choice."""
-
-    strategy: Strategy = "single"
-    accelerator: Literal["cpu", "gpu", "auto"] = "auto"
-    devices: int = 1
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        require_choices(self)
-        require_at_least(1, self, "devices")
-        require(self, "devices", self.strategy == "ddp" or self.devices == 1, "1 unless trainer=ddp")
-        require(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or null")
-
-
-@dataclass(frozen=True)
-class LoggerConfig:
-    """Extra loggers beside the CSV that is always written."""
-
-    tensorboard: bool = False
-    wandb: bool = False
-    wandb_project: str = "mfext"
 
 
 @dataclass(frozen=True)

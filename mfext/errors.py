@@ -7,6 +7,7 @@
     ├── DivergedError     exit 3   training met non-finite numbers too often in a row
     ├── MachineError      exit 4   the machine refused: disk, permission, memory
     ├── BudgetError       exit 5   `check` found a run over its budget
+    ├── FailedTrial       exit of the first failed trial of a sweep; the others were run all the same
     └── InterruptedRun    exit 130 / 143   stopped by SIGINT / SIGTERM after committing
 
 Anything else that escapes is our own bug (exit 1).
@@ -54,6 +55,14 @@ class BudgetError(MfextError):
     """A checked run is over its budget."""
 
     exit_code = 5
+
+
+class FailedTrial(MfextError):
+    """Some trials of a sweep failed; the exit code is that of the first of them."""
+
+    def __init__(self, exit_code: int, what: str, where: object = "", fix: str = "") -> None:
+        super().__init__(what, where, fix)
+        self.exit_code = exit_code
 
 
 class InterruptedRun(MfextError):

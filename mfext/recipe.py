@@ -33,7 +33,7 @@ from mfext.conversion import did_you_mean, from_mapping, to_mapping
 from mfext.errors import InputError
 from mfext.paths import shipped_folder
 
-DEFAULT_RECIPES = {"grow": "grow_code", "pretrain": "pretrain_small"}
+DEFAULT_RECIPES = {"grow": "grow_code", "continual": "stream_embedded", "pretrain": "pretrain_small"}
 GROUPS = ("model", "growth", "method", "training", "trainer", "logger")
 
 _MAX_BYTES = 65_536
@@ -98,6 +98,13 @@ def known_domains() -> dict[str, dict[str, Any]]:
     """Name -> settings of every domain in conf/domain/."""
     folder = shipped_folder("conf") / "domain"
     return {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+def check_recipe_verb(verb: str) -> str:
+    """Return `verb` if it takes a recipe; its command is the module of that name in commands/. Raises InputError."""
+    if verb not in DEFAULT_RECIPES:
+        raise InputError(f"no verb {verb!r} takes a recipe", "mfext VERB", f"known: {', '.join(DEFAULT_RECIPES)}")
+    return verb
 
 
 def known_recipes() -> list[str]:
@@ -330,7 +337,8 @@ def _pretrain_is_its_base(plain: dict[str, Any]) -> None:
 def _check_references(recipe: Recipe, verb: str) -> None:
     """Names and folders that can be wrong are found now, not after torch has loaded."""
     domains = (*recipe.default_base.domains, *recipe.bystanders)
-    for reference in domains if verb == "pretrain" else (recipe.domain, *domains):
+    own = {"pretrain": (), "grow": (recipe.domain,), "continual": recipe.domains}[verb]
+    for reference in (*own, *domains):
         check_domain(reference)
     if recipe.base is not None and not Path(recipe.base).expanduser().is_dir():
         raise InputError("no such model or run folder", f"base={recipe.base}")

@@ -16,7 +16,8 @@ class Invocation:
     """How to run, never what to compute.
 
     `device` is "cpu", "gpu" or None (the best there is); `threads` None leaves torch's own choice; `resume` is the
-    folder of an interrupted run to continue exactly.
+    folder of an interrupted run to continue exactly. Of a sweep, `jobs` is how many trials run at a time, `array_job`
+    the batch system to write a job script for instead of running them.
     """
 
     json: bool = False
@@ -27,12 +28,18 @@ class Invocation:
     device: str | None = None
     threads: int | None = None
     resume: str | None = None
+    jobs: int = 1
+    array_job: str | None = None
 
     def __post_init__(self) -> None:
         if self.device not in (None, "auto", "cpu", "gpu"):
             raise ValueError(f"device={self.device!r}: must be cpu, gpu or auto")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads!r}: must be at least 1")
+        if self.jobs < 1:
+            raise ValueError(f"jobs={self.jobs!r}: must be at least 1")
+        if self.array_job not in (None, "slurm"):
+            raise ValueError(f"array_job={self.array_job!r}: must be slurm")
 
 
 DEFAULT_INVOCATION = Invocation()
@@ -89,10 +96,27 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """Rebuild report.html, report.md and metrics.json of a run from its raw ledger."""
+    """Rebuild report.html, report.md and metrics.json of a run or a sweep from its raw ledger."""
 
     run: str
     seed: int = 1
+
+
+@dataclass(frozen=True)
+class TrialRequest:
+    """Run one trial of the sweep in the folder `run`, by its number from 0.
+
+    With `follow` it stops as SIGTERM does once that process, which must have started this one, is gone.
+    """
+
+    run: str
+    number: int
+    follow: int | None = None
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise ValueError(f"number={self.number!r}: must be 0 or more")
 
 
 @dataclass(frozen=True)

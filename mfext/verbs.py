@@ -61,10 +61,13 @@ _RECIPE = (
     Flag("--recipe", "recipe", "text", "a name in recipes/ or a YAML file", "NAME"),
     Flag("--resume", "invocation.resume", "text", "continue an interrupted run exactly", "RUN"),
     Flag("--dry-run", "invocation.dry_run", "switch", "say what would be built and what it costs; write nothing"),
-    Flag("--multirun", "multirun", "switch", "run every combination of key=a,b", short="-m"),
+    Flag("--multirun", "multirun", "switch", "run every combination of key=a,b; again goes on", short="-m"),
+    Flag("--jobs", "invocation.jobs", "whole", "with -m: trials to run at a time", "N"),
+    Flag("--array-job", "invocation.array_job", "text", "with -m: write a job script (slurm) and run nothing", "NAME"),
     *_COMMON,
 )
 _MODEL = Flag("--model", "model", "text", "model or run folder", "DIR")
+_METHODS = "grow, full, replay, ewc, lwf, lora, expand, frozen, joint or independent"
 _TOKENIZER = Flag("--tokenizer", "tokenizer", "text", "bytes, a tokenizer.json or its folder", "PATH")
 
 VERBS = (
@@ -85,7 +88,21 @@ VERBS = (
         (
             Flag("--domain", "domain", "text", "what to learn: a name, a folder, or hf:owner/name", "D"),
             Flag("--base", "base", "text", "model or run folder to grow; built and kept when absent", "DIR"),
-            Flag("--method", "method", "group", "grow, or full for full fine-tuning", "NAME"),
+            Flag("--method", "method", "group", _METHODS, "NAME"),
+            _TOKENIZER,
+            *_RECIPE,
+        ),
+    ),
+    Verb(
+        "continual",
+        "mfext.commands.continual",
+        "recipe",
+        "learn a stream of domains, one stage after another, by any method",
+        "mfext continual --domains prose,code,unicode_names --method grow",
+        (
+            Flag("--domains", "domains", "list", "the stream, joined by commas; a domain may come again", "A,B,C"),
+            Flag("--base", "base", "text", "model or run folder; without one the first domain pretrains it", "DIR"),
+            Flag("--method", "method", "group", _METHODS, "NAME"),
             _TOKENIZER,
             *_RECIPE,
         ),
@@ -135,9 +152,22 @@ VERBS = (
         "report",
         "mfext.commands.report",
         "ReportRequest",
-        "rebuild a run's reports from its raw ledger",
+        "rebuild the reports of a run or a sweep from its raw ledger",
         "mfext report my_run",
         _COMMON,
+        positional="run",
+    ),
+    Verb(
+        "trial",
+        "mfext.commands.trial",
+        "TrialRequest",
+        "one trial of a planned sweep, for job scripts",
+        "mfext trial runs/sweep-grow --number 0",
+        (
+            Flag("--number", "number", "whole", "which trial, from 0", "N"),
+            Flag("--follow", "follow", "whole", "stop when this process, which started it, is gone", "PID"),
+            *_COMMON,
+        ),
         positional="run",
     ),
     Verb(

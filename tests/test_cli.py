@@ -153,22 +153,43 @@ def test_debug_shows_the_traceback_before_the_line(
     assert err.splitlines()[-1].startswith("mfext: error: ")
 
 
-def test_a_multirun_runs_every_combination_in_folders_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_multirun_plans_a_trial_with_a_folder_of_its_own_for_every_combination(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = stand_in(monkeypatch, "grow")
-    assert main(["grow", "-m", "growth=gated,compete", "seed=1,2", "--out", "runs/all", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["runs"]) == 4
-    assert {(recipe.growth.mode, recipe.seed) for recipe, _ in seen} == {
-        (mode, seed) for mode in ("gated", "compete") for seed in (1, 2)
-    }
-    assert len({recipe.out for recipe, _ in seen}) == 4
+    out = tmp_path / "all"
+    assert main(["grow", "-m", "growth=gated,compete", "seed=1,2", "--out", str(out), "--dry-run", "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    expected = [{"growth": mode, "seed": seed} for mode in ("gated", "compete") for seed in (1, 2)]
+    assert [trial["overrides"] for trial in trials] == expected
+    assert len({trial["run"] for trial in trials}) == 4
+    assert not out.exists()
 
 
-def test_a_bad_combination_stops_a_multirun_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = stand_in(monkeypatch, "grow")
-    assert main(["grow", "-m", "training.tokens=9000,10"]) == 2
-    assert not seen
+def test_a_bad_combination_stops_a_multirun_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["grow", "-m", "training.tokens=9000,10", "--out", str(tmp_path / "all")]) == 2
+    assert "training.tokens=10" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--jobs", "2"], "add -m to run a sweep"),
+        (["-m", "--jobs", "0"], "must be at least 1"),
+        (["-m", "--array-job", "pbs"], "must be slurm"),
+        (["-m", "--resume", "here"], "the same command with --out"),
+        (["-m", "out=a,b"], "a sweep has one folder"),
+    ],
+)
+def test_a_sweep_asked_for_wrongly_is_refused_in_one_line(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["grow", *words]) == 2
+    err = capsys.readouterr().err
+    assert reason in err
+    assert err.count("\n") == 1
 
 
 def test_a_resumed_run_keeps_its_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mfext.errors import InputError
 from mfext.metrics.ledger import LedgerRow
 from mfext.metrics.perplexity import Evaluation, Scoring, evaluate
 from mfext.metrics.usage import UsageCounter
-from mfext.model.moduleformer import ModuleFormer
+from mfext.model.language_model import LanguageModel
 from mfext.report.terminal import Console
 from mfext.store import Run, read_json_object
 
@@ -42,24 +42,36 @@ class Moment:
     seed: int
 
 
+WITHIN = "within"
+"""Name in the ledger of the start of each validation split, measured inside stages."""
+
+
 def prepare_columns(domains: Iterable[Domain], tokenizer: Tokenizer, settings: EvaluationConfig) -> tuple[Column, ...]:
     """The columns of the matrix. Raises InputError where a domain has nothing in the split asked for."""
-    columns = []
-    for domain in domains:
-        documents = first_documents(domain.split(settings.split), settings.max_bytes)
-        if not documents:
-            raise InputError(
-                f"domain '{domain.name}' has no {settings.split} documents",
-                domain.source,
-                "add some, or choose another split with evaluation.split",
-            )
-        ids, sizes = encode_documents(documents, tokenizer)
-        columns.append(Column(domain.name, settings.split, ids, sizes, split_hash(documents)))
-    return tuple(columns)
+    return tuple(_column(each, tokenizer, settings.split, settings.split, settings.max_bytes) for each in domains)
+
+
+def prepare_within(domains: Iterable[Domain], tokenizer: Tokenizer, settings: EvaluationConfig) -> tuple[Column, ...]:
+    """The smaller columns measured inside stages; none where the recipe does not ask for it."""
+    if settings.within_every_steps is None:
+        return ()
+    return tuple(_column(each, tokenizer, "validation", WITHIN, settings.within_max_bytes) for each in domains)
+
+
+def _column(domain: Domain, tokenizer: Tokenizer, split: str, name: str, max_bytes: int | None) -> Column:
+    documents = first_documents(domain.split(split), max_bytes)
+    if not documents:
+        raise InputError(
+            f"domain '{domain.name}' has no {split} documents",
+            domain.source,
+            "add some, or choose another split with evaluation.split",
+        )
+    ids, sizes = encode_documents(documents, tokenizer)
+    return Column(domain.name, name, ids, sizes, split_hash(documents))
 
 
 def measure(
-    model: ModuleFormer,
+    model: LanguageModel,
     columns: Sequence[Column],
     moment: Moment,
     settings: EvaluationConfig,
@@ -79,11 +91,10 @@ def measure(
 
 
 def measure_stage(
-    model: ModuleFormer, columns: Sequence[Column], moment: Moment, recipe: Recipe, opened: Run, console: Console
+    model: LanguageModel, columns: Sequence[Column], moment: Moment, recipe: Recipe, opened: Run, console: Console
 ) -> None:
     """Append a stage's row to a run's ledger, and its usage and gates beside it; what is there stays."""
-    measured = {row["domain"] for row in opened.read_ledger() if row["stage"] == moment.stage}
-    missing = [column for column in columns if column.domain not in measured]
+    missing = _unmeasured(columns, moment, opened)
     if not missing:
         return
     rows, details = measure(model, missing, moment, recipe.evaluation, console.say)
@@ -91,6 +102,22 @@ def measure_stage(
     before = read_json_object(opened.path / name) if (opened.path / name).is_file() else {}
     opened.write_report_file(name, json.dumps({**before, **details}))
     opened.append_ledger([row.to_json() for row in rows])
+
+
+def measure_within(
+    model: LanguageModel, columns: Sequence[Column], moment: Moment, recipe: Recipe, opened: Run
+) -> None:
+    """Append the rows of one moment inside a stage (columns of `prepare_within`); what is there stays."""
+    missing = _unmeasured(columns, moment, opened)
+    if missing:
+        rows, _ = measure(model, missing, moment, recipe.evaluation, lambda line: None)
+        opened.append_ledger([row.to_json() for row in rows])
+
+
+def _unmeasured(columns: Sequence[Column], moment: Moment, opened: Run) -> list[Column]:
+    here = (moment.stage, moment.step)
+    measured = {(row["domain"], row["split"]) for row in opened.read_ledger() if (row["stage"], row["step"]) == here}
+    return [column for column in columns if (column.domain, column.split) not in measured]
 
 
 def _row(column: Column, evaluation: Evaluation, moment: Moment, wall_s: float) -> LedgerRow:

@@ -13,7 +13,8 @@ from mfext.config import ModelConfig
 from mfext.conversion import from_mapping, to_mapping
 from mfext.errors import DamagedError, InputError
 from mfext.hub.molm import config_from_published, is_published_config, tensors_from_published
-from mfext.model.moduleformer import ModuleFormer
+from mfext.model.build import new_model
+from mfext.model.language_model import LanguageModel
 from mfext.store import (
     find_model_folder,
     load_model_folder,
@@ -33,7 +34,7 @@ SHARD_INDEX = "model.safetensors.index.json"
 class OpenedModel:
     """A model, the folder it came from, what that folder records (lineage, domains, tokenizer) and its SHA-256."""
 
-    model: ModuleFormer
+    model: LanguageModel
     folder: Path
     metadata: Mapping[str, object]
     sha256: str
@@ -41,8 +42,8 @@ class OpenedModel:
 
 def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> ModuleFormer:
-    """The ModuleFormer of a model or run folder of mfext's, or of a folder in the published MoLM layout.
+) -> LanguageModel:
+    """The model of a model or run folder of mfext's, or of a folder in the published MoLM layout.
 
     In eval mode, nothing requires gradients until a method says so. Raises InputError or
     DamagedError where the folder is not one, or its content is not what it says.
@@ -51,7 +52,7 @@ def load_model(
     return model.to(device=device, dtype=dtype)
 
 
-def save_model(model: ModuleFormer, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
+def save_model(model: LanguageModel, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
     """Commit `model` as a model folder at `path`; a model folder there is replaced safely.
 
     Raises InputError where `path` holds anything else or a tensor is not finite, MachineError
@@ -78,10 +79,10 @@ def open_model(path: str | Path) -> OpenedModel:
     return OpenedModel(build_model(config, tensors, folder), folder, metadata, model_hash(tensors))
 
 
-def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> ModuleFormer:
-    """A ModuleFormer whose every tensor comes from `tensors`; DamagedError where one is missing, odd or left over."""
+def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> LanguageModel:
+    """A model whose every tensor comes from `tensors`; DamagedError where one is missing, odd or left over."""
     with torch.device("meta"):
-        model = ModuleFormer(config)
+        model = new_model(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() ^ tensors.keys()):
         problem = "lacks" if name in expected else "has an unknown"
@@ -95,7 +96,7 @@ def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     return model.eval()
 
 
-def model_tensors(model: ModuleFormer) -> dict[str, Tensor]:
+def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """Every tensor of the model by name, detached, on the CPU."""
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 

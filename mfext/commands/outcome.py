@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mfext import __version__
+from mfext.commands.measuring import WITHIN
+from mfext.commands.proofs import read_proof
+from mfext.commands.run_metrics import run_metrics
 from mfext.commands.setting import records_of
 from mfext.config import ModelConfig, Recipe
 from mfext.conversion import from_mapping
@@ -15,7 +18,6 @@ from mfext.errors import InputError
 from mfext.growth.plan import count_parameters
 from mfext.metrics.bootstrap import Interval, PairedDocuments, mean_interval, pair_rows, paired_interval
 from mfext.metrics.ledger import Ledger, LedgerRow
-from mfext.metrics.transfer import measure as transfer_metrics
 from mfext.metrics.transfer_matrix import TransferMatrix
 from mfext.report import sections
 from mfext.report.as_json import to_json
@@ -26,18 +28,16 @@ from mfext.report.report import Report
 from mfext.store import MODEL_TYPE, Run, Stage, read_json_object
 
 FORMAT_KEYS = ("model_type", "format_version")
-STAGES_OF = {"pretrain": 1, "grow": 2}
-"""Stages of a finished run, by the verb that made it."""
 
 
 def verb_of(opened: Run) -> str:
-    """The verb that began a run: pretrain or grow."""
+    """The verb that began a run: pretrain, grow or continual."""
     return str(opened.metadata.get("verb", "grow"))
 
 
 def measured_stages(opened: Run) -> list[Stage]:
     """The run's committed stages as far as the ledger has them; InputError where it has none."""
-    num_stages = Ledger.from_json(opened.read_ledger()).num_stages
+    num_stages = _main_ledger(opened).num_stages
     stages = [stage for stage in opened.stages() if stage.index < num_stages]
     if not stages:
         fix = f"continue the run with mfext {verb_of(opened)} --resume {opened.path}"
@@ -45,47 +45,102 @@ def measured_stages(opened: Run) -> list[Stage]:
     return stages
 
 
+def _main_ledger(opened: Run) -> Ledger:
+    """The rows measured at the ends of stages."""
+    return Ledger(tuple(row for row in Ledger.from_json(opened.read_ledger()) if row.split != WITHIN))
+
+
 def run_data(opened: Run, recipe: Recipe, verb: str) -> dict[str, object]:
-    """The stable JSON of a pretrain or grow run (cli contract), from its ledger and commits alone.
+    """The stable JSON of a pretrain, grow or continual run (cli contract), from its ledger and commits alone.
 
     Losses and changes are in nats per byte. Raises InputError where no stage is measured.
     """
-    stages = measured_stages(opened)
-    ledger = Ledger.from_json(opened.read_ledger())
-    last = stages[-1]
-    base_domains = [each.name for each in records_of(stages[0].manifest.metadata)]
-    learned = {stage.name: stage.index for stage in stages[1:]}
+    stages, ledger = measured_stages(opened), _main_ledger(opened)
+    last, base_domains = stages[-1], [each.name for each in records_of(stages[0].manifest.metadata)]
+    learned = _learned_stages(stages, base_domains, recipe.method)
     bystanders = list(dict.fromkeys(row.domain for row in ledger if row.domain not in (*base_domains, *learned)))
     measured_base = [name for name in base_domains if ledger.at(0, name, recipe.evaluation.split) is not None]
     matrix = TransferMatrix.from_ledger(ledger, measured_base, learned, bystanders, recipe.evaluation.split)
-    facts = last.manifest.metadata.get("facts")
-    facts = facts if isinstance(facts, dict) else {}
-    proof = _read(opened.path / "frozen.json")
+    facts = _facts(last)
+    proof = read_proof(opened)
     return {
         "run": str(opened.path),
         "model": str(last.folder),
         "report": str(opened.path / "report.html"),
-        "finished": len(stages) == STAGES_OF[verb] and None not in matrix.nll_per_byte[-1],
-        "method": recipe.method if verb == "grow" else "pretrain",
-        "mode": recipe.growth.mode if verb == "grow" and recipe.method == "grow" else None,
+        "finished": len(stages) == _num_stages(recipe, verb) and None not in matrix.nll_per_byte[-1],
+        "method": "pretrain" if verb == "pretrain" else recipe.method,
+        "mode": recipe.growth.mode if verb != "pretrain" and recipe.method == "grow" else None,
         "domains": list(matrix.domains),
         "stages": [_stage_entry(stage) for stage in stages],
+        "learned_in": {name: matrix.learned_stage[name] for name in matrix.domains},
         "matrix": {"nll_per_byte": [list(row) for row in matrix.nll_per_byte], "split": recipe.evaluation.split},
         "forgetting": _changes(ledger, matrix, matrix.old_domains() if len(stages) > 1 else (), recipe),
         "bystanders": _changes(ledger, matrix, bystanders if len(stages) > 1 else (), recipe),
         "learned": _learned(ledger, matrix, learned, recipe),
-        "metrics": {name: value.to_json() for name, value in transfer_metrics(matrix).items()},
+        "metrics": run_metrics(opened, matrix, stage_config(last).generations, learned),
         "params": _parameters(last, facts),
         "frozen_ok": proof.get("frozen_ok"),
         "frozen_tensors": proof.get("frozen_tensors"),
         "detach_equals_base": proof.get("detach_equals_base"),
         "identity_at_growth": facts.get("identity_at_growth"),
         "gate": facts.get("gate"),
-        "skipped_windows": facts.get("skipped_windows", 0),
-        "tokens": facts.get("tokens"),
-        "wall_s": facts.get("wall_s"),
-        "tokens_per_s": facts.get("tokens_per_s"),
+        "within": _within(opened, stages),
+        **_spent(stages),
     }
+
+
+def _num_stages(recipe: Recipe, verb: str) -> int:
+    """Stages of a finished run, the base's included."""
+    if verb != "continual":
+        return 1 if verb == "pretrain" else 2
+    start = 0 if recipe.base is not None else 1
+    return start + 1 + (1 if recipe.method == "joint" else len(recipe.domains) - start)
+
+
+def _learned_stages(stages: Sequence[Stage], base_domains: Sequence[str], method: str) -> dict[str, list[int]]:
+    """The stages that learned each domain, in order. What `joint` rehearses stays where it was."""
+    learned: dict[str, list[int]] = {}
+    for stage in stages[1:]:
+        named = _lineage_entry(stage).get("domains")
+        for name in named if isinstance(named, list) else ():
+            if method != "joint" or name not in (*base_domains, *learned):
+                learned.setdefault(str(name), []).append(stage.index)
+    return learned
+
+
+def _facts(stage: Stage) -> Mapping[str, object]:
+    """What was noted when a stage was learned; nothing for a base."""
+    facts = stage.manifest.metadata.get("facts")
+    return facts if isinstance(facts, dict) else {}
+
+
+def _spent(stages: Sequence[Stage]) -> dict[str, object]:
+    """Tokens, seconds and dropped windows of all stages this run learned together."""
+    facts = [each for each in map(_facts, stages[1:]) if each]
+
+    def total(key: str) -> float:
+        numbers = [each.get(key, 0) for each in facts]
+        return sum(number for number in numbers if isinstance(number, int | float))
+
+    tokens, wall_s = total("tokens"), total("wall_s")
+    rate = tokens / wall_s if wall_s else None
+    spent = {"tokens": tokens, "wall_s": wall_s, "tokens_per_s": rate} if facts else {}
+    none = {"tokens": None, "wall_s": None, "tokens_per_s": None}
+    return {"skipped_windows": total("skipped_windows"), **none, **spent}
+
+
+def _within(opened: Run, stages: Sequence[Stage]) -> dict[str, list[list[float]]]:
+    """Losses measured inside stages, per domain: [optimizer steps since the base, nats per byte]."""
+    rows = [row for row in Ledger.from_json(opened.read_ledger()) if row.split == WITHIN]
+    last_steps = {
+        stage.index: max((row.step for row in rows if row.stage == stage.index), default=0) for stage in stages
+    }
+    curves: dict[str, list[list[float]]] = {}
+    for row in sorted(rows, key=lambda row: (row.stage, row.step)):
+        before = sum(steps for index, steps in last_steps.items() if index < row.stage)
+        if row.nats_per_byte is not None:
+            curves.setdefault(row.domain, []).append([before + row.step, row.nats_per_byte])
+    return curves
 
 
 def run_report(opened: Run, verb: str, recipe: Recipe) -> Report:
@@ -126,9 +181,9 @@ def _measured(row: LedgerRow) -> dict[str, object]:
 
 
 def _changes(ledger: Ledger, matrix: TransferMatrix, domains: Sequence[str], recipe: Recipe) -> dict[str, object]:
-    """Last stage minus the untouched base, per domain and in the mean, with intervals."""
+    """Last stage minus the one that learned the domain (the base, for its own and for bystanders), with intervals."""
     settings = recipe.evaluation
-    pairs = [_pair(ledger, name, (0, matrix.last), recipe) for name in domains]
+    pairs = [_pair(ledger, name, (matrix.learned_stage[name] or 0, matrix.last), recipe) for name in domains]
     entries = {name: _change(pair, recipe) for name, pair in zip(domains, pairs, strict=True)}
     measured = [pair for pair in pairs if pair is not None]
     if not measured:
@@ -137,10 +192,11 @@ def _changes(ledger: Ledger, matrix: TransferMatrix, domains: Sequence[str], rec
     return {"domains": entries, "mean": _entry(mean)}
 
 
-def _learned(ledger: Ledger, matrix: TransferMatrix, learned: Mapping[str, int], recipe: Recipe) -> dict[str, object]:
-    """Per domain its loss before and after the stage that learned it, and the difference with its interval."""
+def _learned(ledger: Ledger, matrix: TransferMatrix, learned: Iterable[str], recipe: Recipe) -> dict[str, object]:
+    """Per domain its loss before and after the stage that learned it last, and the difference with its interval."""
     entries: dict[str, object] = {}
-    for name, stage in learned.items():
+    for name in learned:
+        stage = matrix.stage_of(name)
         change = _change(_pair(ledger, name, (stage - 1, stage), recipe), recipe)
         entries[name] = {"before": matrix.at(stage - 1, name), "after": matrix.at(stage, name), **change}
     return entries

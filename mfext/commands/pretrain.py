@@ -1,12 +1,13 @@
 """`mfext pretrain`: random weights -> base model on one domain or a mix.
 
-recipe -> domains -> ModuleFormer(random) -> training/fit -> metrics -> store (commit) -> report
+recipe -> domains -> model/build (random weights) -> training/fit -> metrics -> store (commit) -> report
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +27,15 @@ from mfext.commands.setting import (
     tokenizer_reference,
 )
 from mfext.commands.staging import StageWork, peak_memory_bytes, train_stage
-from mfext.config import Recipe, TrainerConfig
+from mfext.config import Recipe
+from mfext.config_machine import TrainerConfig
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
 from mfext.domains.stream import TokenStream
 from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from mfext.errors import InputError
+from mfext.errors import InputError, LockedError
 from mfext.growth.plan import count_parameters
-from mfext.model.moduleformer import ModuleFormer
+from mfext.model.build import new_model
 from mfext.paths import cache_folder
 from mfext.recipe import config_hash, recipe_from_mapping, recipe_to_mapping
 from mfext.report.planning import plan_report
@@ -45,6 +47,7 @@ from mfext.training.methods.full import Full
 from mfext.training.module import ContinualModuleFormer
 
 STAGE, STAGE_NAME = 0, "base"
+BASE_POLL_S = 0.2
 
 
 def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
@@ -127,7 +130,7 @@ def _measure(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, op
 def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
     base = recipe.default_base
     torch.manual_seed(recipe.seed)
-    model = ModuleFormer(base.model)
+    model = new_model(base.model)
     stream = TokenStream(
         [pack_train(each, tokenizer) for each in domains],
         sequence_length=base.training.sequence_length,
@@ -174,11 +177,29 @@ def default_base(recipe: Recipe, console: Console) -> Path:
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "bases" / f"{'-'.join(each.name for each in domains)[:40]}-{name}"
-    begun = is_run_folder(folder)
-    if begun and Run.open(folder, read_only=True).stages():
+    if is_run_folder(folder) and Run.open(folder, read_only=True).stages():
         console.say(f"base: reusing {folder}")
         return folder
-    console.say(f"base: pretraining on {', '.join(each.name for each in domains)} (kept for the next run)")
-    with Run.open(folder) if begun else open_run(folder, recipe, "pretrain", resume=False) as opened:
+    with _hold_base(folder, recipe, console) as opened:
+        if not opened.stages():
+            console.say(f"base: pretraining on {', '.join(each.name for each in domains)} (kept for the next run)")
         pretrain(recipe, domains, tokenizer, opened, console)
     return folder
+
+
+def _hold_base(folder: Path, recipe: Recipe, console: Console) -> Run:
+    """The default base's run, new or begun, once no other process has it: a sweep's trials share their base."""
+    said = False
+    while True:
+        begun = is_run_folder(folder)
+        try:
+            return Run.open(folder) if begun else open_run(folder, recipe, "pretrain", resume=False)
+        except LockedError as error:
+            if not said:
+                console.say(f"base: waiting for it: {error}")
+            said = True
+            time.sleep(BASE_POLL_S)
+        except InputError:
+            if begun or not is_run_folder(folder):
+                raise
+            # Another process began it just now: go on from there.

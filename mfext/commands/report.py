@@ -1,4 +1,6 @@
-"""`mfext report`: rebuild report.html, report.md and metrics.json of a run from its raw ledger and commits."""
+"""`mfext report`: rebuild report.html, report.md and metrics.json of a run from its raw ledger and commits, or of a
+sweep and its finished runs.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +8,34 @@ from dataclasses import replace
 from pathlib import Path
 
 from mfext.commands.outcome import run_report, verb_of, write_reports
+from mfext.commands.sweep_results import write_results
 from mfext.recipe import config_hash, recipe_of_run
 from mfext.report.report import Report
 from mfext.requests import DEFAULT_INVOCATION, Invocation, ReportRequest
-from mfext.store import Run
+from mfext.store import Run, is_run_folder
+from mfext.store_sweep import Sweep, is_sweep_folder
 
 
 def run(request: ReportRequest, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
-    """The report of a pretrain or grow run, finished or not, also while another process goes on with it.
+    """The report of a run or a sweep, finished or not, also while other processes go on with it.
 
-    Raises InputError where `request.run` is no run folder, or none of its stages is measured yet.
+    Raises InputError where `request.run` is neither, or no stage of the run is measured yet.
     """
     path = Path(request.run).expanduser()
+    return _sweep_report(path) if is_sweep_folder(path) else _run_report(path)
+
+
+def _sweep_report(path: Path) -> Report:
+    """A sweep's tables and report; its finished runs are read anew, as far as their folders are still there."""
+    sweep = Sweep.read(path)
+    results = dict(sweep.results())
+    for trial in sweep.plan.trials:
+        if trial.id in results and is_run_folder(sweep.run_folder(trial)):
+            results[trial.id] = _run_report(sweep.run_folder(trial)).data
+    return write_results(sweep, results)
+
+
+def _run_report(path: Path) -> Report:
     opened = Run.open(path, read_only=True)
     recipe = recipe_of_run(path, {})
     report = run_report(opened, verb_of(opened), recipe)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,27 @@ def shuffled(count: int, *key: object) -> Indices:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable").astype(np.int64)
+
+
+def place_in_batch(batch_size: int, rank: int, world: int, micro: int, accumulation: int) -> Indices:
+    """Which rows of a global batch are process `rank`'s micro-batch `micro`. InputError where they cannot be shared."""
+    share = world * accumulation
+    if batch_size % share:
+        raise InputError(
+            f"batch_size={batch_size} cannot be shared evenly",
+            f"{world} processes * {accumulation} micro-batches",
+            f"make training.batch_size a multiple of {share}",
+        )
+    assert 0 <= rank < world and 0 <= micro < accumulation
+    count = batch_size // share
+    first = (micro * world + rank) * count
+    return np.arange(first, first + count, dtype=np.int64)
+
+
+class Batches(Protocol):
+    """What gives a batch as a pure function of the step and the place in it."""
+
+    def batch(self, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, accumulation: int = 1) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -101,17 +123,7 @@ class TokenStream:
         Micro-batches hold batch_size / (world * accumulation) rows; in the order (micro, rank)
         they are the rows of the global batch. Raises InputError where that does not divide.
         """
-        share = world * accumulation
-        if self.batch_size % share:
-            raise InputError(
-                f"batch_size={self.batch_size} cannot be shared evenly",
-                f"{world} processes * {accumulation} micro-batches",
-                f"make training.batch_size a multiple of {share}",
-            )
-        assert 0 <= rank < world and 0 <= micro < accumulation and step >= 0
-        count = self.batch_size // share
-        first = step * self.batch_size + (micro * world + rank) * count
-        return self._rows(np.arange(first, first + count, dtype=np.int64))
+        return self.rows(place_in_batch(self.batch_size, rank, world, micro, accumulation) + step * self.batch_size)
 
     def dataset(
         self, start_step: int, end_step: int, accumulation: int = 1, rank: int = 0, world: int = 1
@@ -119,7 +131,8 @@ class TokenStream:
         """Micro-batches of the steps start_step .. end_step - 1 as a sized map-style Dataset."""
         return StreamDataset(self, start_step, end_step, accumulation, (rank, world))
 
-    def _rows(self, samples: Indices) -> Batch:
+    def rows(self, samples: Indices) -> Batch:
+        """The windows with these numbers (>= 0) in the order of all epochs."""
         length = self.sequence_length
         tokens = np.empty((len(samples), length + 1), dtype=np.int64)
         starts = np.empty((len(samples), length), dtype=np.int64)
@@ -169,7 +182,7 @@ class StreamDataset(Dataset[Batch]):
     """Item i is the i-th micro-batch from `start_step` on: for DataLoader(batch_size=None, shuffle=False)."""
 
     def __init__(
-        self, stream: TokenStream, start_step: int, end_step: int, accumulation: int, process: tuple[int, int]
+        self, stream: Batches, start_step: int, end_step: int, accumulation: int, process: tuple[int, int]
     ) -> None:
         self._stream = stream
         self._start_step = start_step

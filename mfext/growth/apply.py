@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mfext.errors import InputError
-from mfext.growth.plan import AddExperts, FreezeExperts, Plan
+from mfext.growth.plan import AddBlocks, AddExperts, FreezeExperts, Plan, old_layers
 from mfext.model.experts import AttentionExperts, FeedForwardExperts
 from mfext.model.generation import Generation, GenerationLayer
 from mfext.model.initialisation import STD, draw_experts
+from mfext.model.language_model import LanguageModel
 from mfext.model.moduleformer import Block, ModuleFormer
 from mfext.model.router import Router, RouterRows, Site
 
@@ -35,6 +36,8 @@ def apply_plan(model: ModuleFormer, plan: Plan, usage: Usage | None = None) -> N
             freeze(model)
         elif isinstance(operation, AddExperts):
             _add(model, plan, operation, usage)
+        elif isinstance(operation, AddBlocks):
+            _insert(model, plan)
         else:
             del model.generations[len(model.generations) - 1]
     model.config = plan.after
@@ -43,14 +46,14 @@ def apply_plan(model: ModuleFormer, plan: Plan, usage: Usage | None = None) -> N
             module.attention.config = module.feedforward.config = plan.after
 
 
-def freeze(model: ModuleFormer) -> None:
+def freeze(model: LanguageModel) -> None:
     """Nothing in the model trains any more; gradients already held are dropped."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
 
 
-def set_trainable(model: ModuleFormer, names: set[str]) -> None:
+def set_trainable(model: LanguageModel, names: set[str]) -> None:
     """Exactly the parameters named train. Raises InputError for a name the model does not have."""
     parameters = dict(model.named_parameters())
     unknown = sorted(names - parameters.keys())
@@ -103,6 +106,23 @@ def _add(model: ModuleFormer, plan: Plan, operation: AddExperts, usage: Usage | 
         if generation.gate is not None:
             generation.gate.reset_parameters()
     model.generations.append(generation)
+
+
+@torch.no_grad()
+def _insert(model: ModuleFormer, plan: Plan) -> None:
+    """Old layers as they are, renumbered; new ones copies of the layer before them with zero outputs."""
+    weight, moved = model.embedding.weight, old_layers(plan)
+    blocks: list[Block] = []
+    for layer in range(plan.after.num_layers):
+        block = Block(plan.after, layer).to(device=weight.device, dtype=weight.dtype)
+        source = moved.index(layer) if layer in moved else moved.index(layer - 1)
+        block.load_state_dict(model.blocks[source].state_dict())
+        block.requires_grad_(False)
+        if layer not in moved:
+            block.attention.experts.output.zero_()
+            block.feedforward.experts.down.zero_()
+        blocks.append(block)
+    model.blocks = nn.ModuleList(blocks)
 
 
 def _start_experts(old: nn.Module, new: nn.Module, operation: AddExperts, share_E: Tensor | None, plan: Plan) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from mfext.config import DomainGateConfig, ExpertInitialisation, GenerationConfig, GrowthConfig, ModelConfig
 from mfext.errors import InputError
+from mfext.growth.growable import require_growable
+from mfext.model.build import new_model
 from mfext.model.domain_gate import DomainGate
-from mfext.model.moduleformer import ModuleFormer
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,17 @@ class RemoveExperts:
     generation: str
 
 
-Operation = FreezeExperts | AddExperts | RemoveExperts
+@dataclass(frozen=True)
+class AddBlocks:
+    """New layers, each a copy of the one before it that starts as the identity; `layers` are their numbers afterwards.
+
+    Source: block expansion of LLaMA Pro, Wu et al. 2024 (arXiv 2401.02415).
+    """
+
+    layers: tuple[int, ...]
+
+
+Operation = FreezeExperts | AddExperts | RemoveExperts | AddBlocks
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,11 @@ class Plan:
 
     def to_json(self) -> dict[str, object]:
         """Plain data: operations by name, parameter counts by part."""
-        operations = [{"operation": type(each).__name__, **asdict(each)} for each in self.operations]
-        return {"operations": operations, "parameters": self.parameters()}
+        return {"operations": self.operations_json(), "parameters": self.parameters()}
+
+    def operations_json(self) -> list[dict[str, object]]:
+        """The operations as plain data, in order."""
+        return [{"operation": type(each).__name__, **asdict(each)} for each in self.operations]
 
     def parameters(self) -> dict[str, int]:
         """Parameter counts: `before`, `added`, `after`, and active per token before and after."""
@@ -68,7 +82,9 @@ def plan_growth(config: ModelConfig, growth: GrowthConfig, name: str) -> Plan:
     """Plan one growth named `name` (the domain's name, as a rule).
 
     Modes gated and side go on top of any others. Raises InputError where the name is taken, a
+    layer number does not exist, compete and preserve would meet in one softmax, or the model is dense.
     """
+    require_growable(config)
     taken = [generation.name for generation in config.generations]
     if name in taken:
         known = ", ".join(taken)
@@ -117,6 +133,48 @@ def plan_detach(config: ModelConfig) -> Plan:
     return Plan(config, (RemoveExperts(config.generations[-1].name),), after)
 
 
+def plan_expansion(config: ModelConfig, blocks: int) -> Plan:
+    """Plan the insertion of `blocks` layers, one after each of as many evenly long groups of the old ones.
+
+    Raises InputError where there are fewer layers than that, or the model has grown: a generation counts its experts
+    per layer.
+    """
+    require_growable(config)
+    if config.generations:
+        names = ", ".join(each.name for each in config.generations)
+        raise InputError("a grown model cannot be expanded", f"generations {names}", "expand its base instead")
+    if blocks > config.num_layers:
+        raise InputError(f"expand.blocks={blocks}", "growth", f"at most one a layer ({config.num_layers})")
+    after_old = [(group + 1) * config.num_layers // blocks - 1 for group in range(blocks)]
+    layers = tuple(old + 1 + number for number, old in enumerate(after_old))
+    after = replace(config, num_layers=config.num_layers + blocks)
+    return Plan(config, (FreezeExperts(("base",)), AddBlocks(layers)), after)
+
+
+def new_blocks(plan: Plan) -> tuple[int, ...]:
+    """The numbers of the layers an expansion adds."""
+    return tuple(layer for each in plan.operations if isinstance(each, AddBlocks) for layer in each.layers)
+
+
+def old_layers(plan: Plan) -> tuple[int, ...]:
+    """Where each old layer stands after an expansion, in their order."""
+    added = new_blocks(plan)
+    return tuple(layer for layer in range(plan.after.num_layers) if layer not in added)
+
+
+def old_names(plan: Plan) -> dict[str, str]:
+    """Every parameter's name before an expansion, and its name afterwards."""
+    moved = old_layers(plan)
+    with torch.device("meta"):
+        names = list(new_model(plan.before).state_dict())
+    renamed = {}
+    for name in names:
+        first, _, rest = name.partition(".")
+        number, _, tail = rest.partition(".")
+        renamed[name] = f"blocks.{moved[int(number)]}.{tail}" if first == "blocks" else name
+    return renamed
+
+
 def _chosen_layers(config: ModelConfig, growth: GrowthConfig) -> set[int]:
     if growth.layers == "all":
         return set(range(config.num_layers))
@@ -148,7 +206,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     every generation open, no choice null.
     """
     with torch.device("meta"):
-        model = ModuleFormer(config)
+        model = new_model(config)
     shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     grown = [0] * len(config.generations)
     for name, size in shapes.items():

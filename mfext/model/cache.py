@@ -18,7 +18,7 @@ class Cache:
     `keys_values` holds one (2, B, H, capacity, C) tensor per layer, heads outside positions: a step's products then
     read keys and values where they lie. `starts_B`: the absolute index where each row's current document began, None
     where all began at 0; `gates`: one state per gated generation; `weights` or `compiled`: what a decoding step
-    of one sequence prepares at its first token.
+    of one sequence prepares at its first token; `rotations` (2, capacity, C): a dense model's cosines and sines.
     """
 
     keys_values: list[Tensor]
@@ -27,6 +27,7 @@ class Cache:
     gates: dict[int, GateState] = field(default_factory=dict)
     weights: tuple[LayerWeights, ...] | None = None
     compiled: DecodeStep | None = None
+    rotations: Tensor | None = None
 
     @property
     def capacity(self) -> int:

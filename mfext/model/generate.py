@@ -1,6 +1,6 @@
 """Text from a model, token by token, with a cache: batches, sampling, stops.
 
-A model here is anything with the few members of `Decoder`; `ModuleFormer` is the one we have.
+A model here is anything with the few members of `Decoder`: every `LanguageModel` has them.
 """
 
 from __future__ import annotations

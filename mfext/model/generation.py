@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,18 @@ class Generation(nn.Module):
         )
         self.head = MatrixChange(model.vocab_size, model.d_model, config.head_rank) if config.head_rank else None
         self.final_norm = NormChange(model.d_model) if config.norms else None
+
+
+def deciding_names(names: Iterable[str]) -> set[str]:
+    """Of a model's parameter names, the newest generation's that decide who reaches its experts: routers and gate."""
+    own = {name: name.split(".") for name in names if name.startswith("generations.")}
+    newest = max((int(parts[1]) for parts in own.values()), default=-1)
+    return {
+        name
+        for name, parts in own.items()
+        if int(parts[1]) == newest
+        and (parts[2] == "gate" or parts[4:5] in (["attention_router"], ["feedforward_router"]))
+    }
 
 
 @dataclass(frozen=True)

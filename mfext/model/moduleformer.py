@@ -9,7 +9,6 @@ later add to this without touching any of its tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +22,11 @@ from mfext.model.compiled_step import compiled_step
 from mfext.model.decoding_step import LayerWeights, attend, feed_forward
 from mfext.model.feedforward import ExpertFeedForward
 from mfext.model.forward_pass import Pass
-from mfext.model.generate import Continuations, Decode, Sampling, generate
 from mfext.model.generation import Generation, NormChange, OpenTokens
 from mfext.model.initialisation import initialise
+from mfext.model.language_model import LanguageModel, ModelOutput
 from mfext.model.positions import Positions
 from mfext.model.router import Routing
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a forward returns.
-
-    logits (B, T, V); routings of every site, in order of depth (none from a compiled decoding
-    step); gates (B, T, S) of the S gated generations, None without any; hidden_states: L+1 tensors
-    (B, T, D), the last after the final norm; attentions: L tensors (B, K, H, T, S).
-    """
-
-    logits: Tensor
-    routings: tuple[Routing, ...]
-    gates: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] = ()
-    attentions: tuple[Tensor, ...] = ()
 
 
 class Block(nn.Module):
@@ -83,7 +66,7 @@ def changed_norm(norm: nn.LayerNorm, x_BTD: Tensor, changes: list[tuple[OpenToke
     return out_BTD
 
 
-class ModuleFormer(nn.Module):
+class ModuleFormer(LanguageModel):
     """The model: embedding, L blocks, final norm, untied head, and the generations grown on it."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -96,14 +79,6 @@ class ModuleFormer(nn.Module):
         self.generations = nn.ModuleList(Generation(generation, config) for generation in config.generations)
         self.gradient_checkpointing = False
         initialise(self)
-
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Recompute each block's activations in the backward pass instead of storing them."""
-        self.gradient_checkpointing = on
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.weight.device
 
     def generation(self, number: int) -> Generation:
         """The generation with this 1-based number."""
@@ -127,12 +102,7 @@ class ModuleFormer(nn.Module):
         return_hidden: bool = False,
         return_attentions: bool = False,
     ) -> ModelOutput:
-        """Next-token logits of `input_ids` (B, T).
-
-        `attention_mask` (B, T): 1 for tokens, 0 for padding at the left or right.
-        `document_starts` (B, T): index of the first token of each position's document (packed
-        batches); with a cache, an absolute index. With `cache`, the tokens follow those it holds.
-        """
+        """As every LanguageModel's; the output says how every site routed, and how far every gate was open."""
         offset = 0 if cache is None else cache.length
         cached_starts_B = None if cache is None else cache.starts_B
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
@@ -171,20 +141,6 @@ class ModuleFormer(nn.Module):
             tuple(hidden) if return_hidden else (),
             tuple(attentions) if return_attentions else (),
         )
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        sampling: Sampling | None = None,
-        decode: Decode | None = None,
-    ) -> Continuations:
-        """Continue every prompt of `input_ids` (B, T) with a cache; None samples as `Sampling()` does: greedily.
-
-        `attention_mask` (B, T): 0 marks padding at either side of shorter prompts. `decode` turns token ids into
-        text, for the rows' `text` and for stop strings. Raises ValueError for what cannot be continued.
-        """
-        return generate(self, input_ids, attention_mask, sampling or Sampling(), decode)
 
     def sites(self) -> Iterator[tuple[ExpertAttention, ExpertFeedForward, tuple[nn.LayerNorm, nn.LayerNorm]]]:
         """Every layer's attention, feed-forward, and the norms before them."""

@@ -107,7 +107,7 @@ def _since(data: Json, domain: str, inside: bool) -> tuple[tuple[float, float], 
     start = float(stage)
     if inside:
         known = borders[stage] if stage < len(borders) else None
-        start = known if known is not None else 0.0
+        start = math.inf if known is None else known
     return tuple(point for point in _points(data, domain, inside) if point[0] >= start)
 
 

@@ -125,7 +125,7 @@ def _ratio_words(share: float | None, as_part: bool) -> str:
         return NONE
     if share <= 0:
         return "0"
-    if as_part:
+    if as_part and share <= 1:
         return f"1/{number(1 / share, 0 if 1 / share >= 9.5 else 1)}"
     return f"{number(share, 2 if share < 9.95 else 0)}{THIN}×"
 

@@ -39,6 +39,11 @@ def unbroken(line: str) -> str:
     return line.replace(" → ", "\u00a0→\u00a0")
 
 
+def breakable(name: str) -> str:
+    """`name` that may break after each of its underscores."""
+    return name.replace("_", "_\u200b")
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -49,7 +54,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters |= {"unbroken": unbroken, "percent": percent, "printable": printable}
+    environment.filters |= {"unbroken": unbroken, "breakable": breakable, "percent": percent, "printable": printable}
     environment.globals |= {
         "draw_bars": draw_bars,
         "draw_curves": draw_curves,

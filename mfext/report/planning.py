@@ -16,6 +16,13 @@ def plan_report(verb: str, data: Json) -> Report:
     trainable, steps = number_at(data, "params", "trainable"), number_at(data, "steps")
     verdict = f"would train {count(trainable)} parameters for {whole(steps)} steps; nothing was written"
     sections: list[Section] = []
+    stages = tuple(
+        (text(each, "name"), whole(number_at(each, "trainable")), text(each, "trains"))
+        for each in objects(data, "stages")
+    )
+    if stages:
+        columns = ("stage", "trainable", "what trains")
+        sections.append(Table("Stages", columns=columns, rows=stages, text_columns=("stage", "what trains")))
     operations = objects(data, "plan", "operations")
     if operations:
         rows = tuple((text(each, "operation"), _details(each)) for each in operations)

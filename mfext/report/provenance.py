@@ -58,6 +58,23 @@ def measured_on(data: Json, facts: Mapping[str, DomainFacts]) -> Table:
     return Table("Measured on", columns=columns, rows=rows, text_columns=words, note=note, in_terminal=False)
 
 
+CHANGES = (
+    "forgetting.base",
+    "forgetting.first_last",
+    "forgetting.max",
+    "forgetting.max_incl_last",
+    "bwt.gem",
+    "bwt.pairs",
+    "fwt.gem",
+    "fwt.vs_independent",
+    "intransigence.joint",
+    "intransigence.independent",
+    "learned",
+    "bystander",
+)
+"""Metrics that are differences and carry their sign; the others are levels and shares."""
+
+
 def named_metrics(data: Json) -> Table:
     """Every named variant in `data["metrics"]`, so that numbers can be compared with other toolkits'."""
     rows = []
@@ -70,7 +87,7 @@ def named_metrics(data: Json) -> Table:
         better = DIRECTIONS.get(text(metric, "direction"), NONE)
         what = DEFINITIONS.get(name, "") if value is not None else f"undefined: {text(metric, 'reason')}"
         digits = min(4, digits_for(shown))
-        value_text = number(shown, digits) if name == "average" else signed(shown, digits)
+        value_text = signed(shown, digits) if name in CHANGES else number(shown, digits)
         rows.append((name, value_text, unit, better, what))
     return Table(
         "Every variant by name",

@@ -88,7 +88,12 @@ def _has_content(section: Section) -> bool:
 
 def _cards(data: Json) -> Cards:
     cards: list[Card] = []
-    for gain in learned(data)[:2]:
+    gains = learned(data)
+    if len(gains) > 2:
+        cards.append(
+            Card("Learned", str(len(gains)), "domains", ", ".join(gain.domain for gain in gains[:2]) + ", ...")
+        )
+    for gain in gains if len(gains) <= 2 else ():
         before, after = bits(gain.before), bits(gain.after)
         if after is not None:
             moved = change_percent(before, after) if before is not None else ""

@@ -74,7 +74,7 @@ def _learned(data: Json) -> tuple[list[str], list[str]]:
         lines = [_learned_in_sum(gains)]
     elif len(lines) > 2 and not alarms and all(line.startswith("learned ") for line in lines):
         each = [line.removeprefix("learned ").replace(" bits per byte", "").replace(":", "") for line in lines]
-        lines = [f"learned {plural(len(lines), 'domain')}, in bits per byte: {', '.join(each)}"]
+        lines = [_learned_in_sum(gains), f"one by one: {', '.join(each)}"]
     return lines, alarms
 
 

@@ -10,7 +10,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mfext.config import LoggerConfig, TrainerConfig, TrainingConfig
+from mfext.config import TrainingConfig
+from mfext.config_machine import LoggerConfig, TrainerConfig
 
 
 class Stream(Protocol):
@@ -62,7 +63,10 @@ class ProgressState:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """One stage's fit. `log_folder` receives metrics.csv; position in the data is (seed, stage, step)."""
+    """One stage's fit. `log_folder` receives metrics.csv; position in the data is (seed, stage, step).
+
+    With `until` the fit stops after that step, commits, and leaves the rest of the stage to the next one.
+    """
 
     training: TrainingConfig
     log_folder: Path
@@ -71,6 +75,12 @@ class FitSettings:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     label: str = "training"
+    until: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The optimizer step this fit ends at."""
+        return self.training.steps if self.until is None else min(self.until, self.training.steps)
 
 
 @dataclass(frozen=True)

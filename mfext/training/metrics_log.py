@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from mfext.config import LoggerConfig
+from mfext.config_machine import LoggerConfig
 from mfext.errors import InputError
 from mfext.training.routing_log import ROUTING_COLUMNS
 

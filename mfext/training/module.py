@@ -22,11 +22,12 @@ from torch.optim import AdamW, Optimizer
 from mfext.config import GrowthConfig, TrainingConfig
 from mfext.errors import InputError
 from mfext.growth.apply import apply_plan, freeze, set_trainable
+from mfext.growth.growable import growable
 from mfext.growth.growing import grow
 from mfext.growth.plan import Plan, plan_detach, plan_growth
 from mfext.growth.probes import Windows, document_starts, self_probes
+from mfext.model.language_model import LanguageModel, ModelOutput
 from mfext.model.losses import language_loss, routing_loss
-from mfext.model.moduleformer import ModelOutput, ModuleFormer
 from mfext.training.batch import read_batch
 from mfext.training.guard import NonFiniteGuard, StepRecord
 from mfext.training.methods.full import Full
@@ -62,7 +63,7 @@ class ContinualModuleFormer(lightning.LightningModule):
     """
 
     def __init__(
-        self, model: ModuleFormer, training: TrainingConfig | None = None, method: Method | None = None
+        self, model: LanguageModel, training: TrainingConfig | None = None, method: Method | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -96,25 +97,24 @@ class ContinualModuleFormer(lightning.LightningModule):
         it teaches the domain gate, against `gate.probe_sequences` windows sampled from the model
         itself; without it the gate is untrained: train it (growth.gate_training.train_gate) before
         the experts, because a gate closed on a text teaches them nothing from it. Raises InputError
-        where the name is taken or there are fewer than 8 windows.
+        where the name is taken, there are fewer than 8 windows, or the model is dense.
         """
         plan = plan_growth(self.model.config, growth, name)
         if text is None:
-            apply_plan(self.model, plan)
+            apply_plan(growable(self.model), plan)
         else:
             bos_id = self.model.config.bos_id
             gated = growth.mode == "gated"
-            probes = (
-                self_probes(self.model, growth.gate.probe_sequences, growth.gate.probe_length, seed) if gated else None
-            )
-            grow(self.model, plan, growth, Windows(text, document_starts(text, bos_id)), probes, seed)
+            model = growable(self.model)
+            probes = self_probes(model, growth.gate.probe_sequences, growth.gate.probe_length, seed) if gated else None
+            grow(model, plan, growth, Windows(text, document_starts(text, bos_id)), probes, seed)
         self.choose(Grow())
         return plan
 
     def detach(self) -> Plan:
         """Remove the newest generation: the model is bit for bit what it was before. All stays frozen."""
         plan = plan_detach(self.model.config)
-        apply_plan(self.model, plan)
+        apply_plan(growable(self.model), plan)
         return plan
 
     def freeze(self) -> Self:

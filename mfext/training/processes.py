@@ -23,7 +23,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from torch import Tensor
 
 from mfext.errors import InterruptedRun, MachineError, MfextError
-from mfext.model.moduleformer import ModuleFormer
+from mfext.model.language_model import LanguageModel
 from mfext.training.exchange import Commit, FitResult, FitSettings, Place, Progress, ProgressState, Stream
 from mfext.training.loop import Hooks
 from mfext.training.methods.method import Method
@@ -34,7 +34,7 @@ from mfext.training.signals import hold_signals, stop_flag
 
 @dataclass(frozen=True)
 class _Job:
-    model: ModuleFormer
+    model: LanguageModel
     method: Method
     stream: Stream
     settings: FitSettings

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mfext.config import TrainerConfig
+from mfext.config_machine import TrainerConfig
 from mfext.errors import DamagedError, InputError
 from mfext.training.exchange import FitSettings, ProgressState
 from mfext.training.module import ContinualModuleFormer

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from mfext.config import TrainerConfig
+from mfext.config_machine import TrainerConfig
 from mfext.errors import InputError, InterruptedRun
 from mfext.training.exchange import FitResult, FitSettings, Place, ProgressState, Stream
 from mfext.training.frozen import frozen_hashes, one_hash
@@ -50,9 +50,11 @@ def train_here(
     with seeded(settings.seed, settings.stage, place.rank), threads(settings.trainer):
         loop = StageLoop(settings, hooks, place, resume, describe)
         try:
-            if start < total:
+            if start < settings.end:
                 _run(module, stream, settings, loop, Span(start, total))
             loop.stop_if_asked(module)
+            if settings.end < total and loop.committed_step < loop.step:
+                loop.commit(module)
         finally:
             loop.close()
     if loop.stopped_by:
@@ -66,8 +68,8 @@ def train_here(
         )
     frozen_after = one_hash(frozen_hashes(module.model))
     return FitResult(
-        steps=total,
-        tokens=total * settings.training.batch_size * settings.training.sequence_length,
+        steps=settings.end,
+        tokens=settings.end * settings.training.batch_size * settings.training.sequence_length,
         wall_s=time.monotonic() - begun,
         loss_nats_per_token=loop.last_loss,
         skipped_windows=module.guard.skipped_windows,
@@ -81,7 +83,7 @@ def train_here(
 def _run(module: ContinualModuleFormer, stream: Stream, settings: FitSettings, loop: StageLoop, span: Span) -> None:
     place = loop.place
     accumulation = accumulation_of(settings, place.world)
-    dataset = stream.dataset(span.start, span.total, accumulation, place.rank, place.world)
+    dataset = stream.dataset(span.start, settings.end, accumulation, place.rank, place.world)
     was_training = module.training
     module.train()
     module.span = span
@@ -90,7 +92,7 @@ def _run(module: ContinualModuleFormer, stream: Stream, settings: FitSettings, l
         module.model.set_gradient_checkpointing(True)
     try:
         with quiet_lightning():
-            trainer = _trainer(settings, loop, span.total - span.start, accumulation)
+            trainer = _trainer(settings, loop, settings.end - span.start, accumulation)
             loader: DataLoader[Any] = DataLoader(
                 dataset, batch_size=None, shuffle=False, num_workers=0, generator=torch.Generator()
             )

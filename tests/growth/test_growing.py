@@ -6,81 +6,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from mfext.config import GateTraining, GrowthConfig, ModelConfig
+from mfext.config import GateTraining, GrowthConfig
 from mfext.errors import InputError
 from mfext.growth.apply import apply_plan, freeze, measure_usage, set_gate_thresholds, set_trainable
 from mfext.growth.gate_training import train_gate
 from mfext.growth.plan import AddExperts, FreezeExperts, RemoveExperts, count_parameters, plan_detach, plan_growth
-from mfext.growth.probes import Windows, document_starts, open_set_negatives, self_probes
-from mfext.model.losses import language_loss
-from mfext.model.moduleformer import ModuleFormer
+from mfext.growth.probes import document_starts, open_set_negatives, self_probes
 from mfext.model.router import Site
-
-TINY = ModelConfig(
-    d_model=32,
-    num_layers=2,
-    num_heads=2,
-    d_attention=16,
-    attention_experts=3,
-    feedforward_experts=4,
-    d_feedforward=24,
-    d_router=8,
+from tests.growth.tiny_growth import (
+    COMPETE,
+    GROWTH,
+    MODES,
+    TINY,
+    ascii_windows,
+    bits,
+    force_gate,
+    grow,
+    tiny_model,
+    tokens,
+    train_new,
+    wake,
 )
-GROWTH = GrowthConfig(attention_experts=2, feedforward_experts=3, key_value_rank=4, norms=True)
-COMPETE = GrowthConfig(mode="compete", attention_experts=2, feedforward_experts=3)
-
-
-def tiny_model(seed: int = 0) -> ModuleFormer:
-    torch.manual_seed(seed)
-    return ModuleFormer(TINY).eval()
-
-
-def tokens(seed: int = 1, batch: int = 3, length: int = 40) -> Tensor:
-    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def grow(model: ModuleFormer, name: str, growth: GrowthConfig = GROWTH) -> None:
-    apply_plan(model, plan_growth(model.config, growth, name))
-
-
-def force_gate(model: ModuleFormer, number: int, bias: float) -> None:
-    """Hold a gate open (large bias) or closed (very negative bias)."""
-    gate = model.generation(number).gate
-    assert gate is not None
-    with torch.no_grad():
-        gate.output.weight.zero_()
-        gate.output.bias.fill_(bias)
-
-
-def wake(model: ModuleFormer, number: int) -> None:
-    """Give a generation weights that matter, as training would."""
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for name, parameter in model.generation(number).named_parameters():
-            if not name.startswith("gate."):
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def train_new(model: ModuleFormer, steps: int = 20) -> None:
-    """Steps of AdamW with strong weight decay on the newest generation."""
-    prefix = f"generations.{len(model.generations) - 1}."
-    set_trainable(
-        model, {name for name, _ in model.named_parameters() if name.startswith(prefix) and ".gate." not in name}
-    )
-    optimizer = torch.optim.AdamW(
-        [each for each in model.parameters() if each.requires_grad], lr=1e-2, weight_decay=0.5
-    )
-    ids = tokens(5)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        language_loss(model(ids[:, :-1]).logits, ids[:, 1:]).backward()
-        optimizer.step()
-
-
-def bits(model: ModuleFormer) -> dict[str, bytes]:
-    return {name: tensor.detach().numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("openness", [1e9, 0.0])
@@ -141,7 +88,7 @@ def test_open_tokens_of_some_rows_equal_the_same_rows_alone() -> None:
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("growth", [GROWTH, COMPETE], ids=["gated", "compete"])
+@pytest.mark.parametrize("growth", MODES.values(), ids=MODES)
 def test_training_with_weight_decay_moves_no_frozen_bit(growth: GrowthConfig) -> None:
     model = tiny_model()
     grow(model, "code", growth)
@@ -237,12 +184,6 @@ def test_growing_only_the_top_half_adds_nothing_below() -> None:
     assert generation.attention_experts == (0, 2) and generation.feedforward_experts == (0, 3)
 
 
-def ascii_windows(low: int, high: int, count: int, seed: int) -> Windows:
-    ids = torch.randint(low, high, (count, 64), generator=torch.Generator().manual_seed(seed))
-    ids[:, 0] = TINY.bos_id
-    return Windows(ids, torch.zeros_like(ids))
-
-
 def test_a_trained_gate_opens_on_its_domain_and_stays_closed_elsewhere() -> None:
     model = tiny_model()
     grow(model, "upper")
@@ -308,7 +249,7 @@ def test_open_set_negatives_keep_special_tokens_in_place_and_make_none(seed: int
     assert not torch.isin(made[~was_special], torch.tensor(sorted(special))).any()
 
 
-@pytest.mark.parametrize("growth", [GROWTH, COMPETE], ids=["gated", "compete"])
+@pytest.mark.parametrize("growth", MODES.values(), ids=MODES)
 def test_cached_decoding_of_a_grown_model_equals_the_whole_pass(growth: GrowthConfig) -> None:
     model = tiny_model().double()
     grow(model, "code", growth)
@@ -323,7 +264,7 @@ def test_cached_decoding_of_a_grown_model_equals_the_whole_pass(growth: GrowthCo
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("growth", [GROWTH, COMPETE], ids=["gated", "compete"])
+@pytest.mark.parametrize("growth", MODES.values(), ids=MODES)
 def test_documents_packed_together_do_not_see_each_other(growth: GrowthConfig) -> None:
     model = tiny_model().double()
     grow(model, "code", growth)

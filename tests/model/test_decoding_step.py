@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfext.config import ModelConfig
 from mfext.model.cache import Cache
-from mfext.model.moduleformer import ModelOutput, ModuleFormer
+from mfext.model.language_model import ModelOutput
+from mfext.model.moduleformer import ModuleFormer
 
 LENGTH = 24
 MOST_CALLS_PER_LAYER = 64  # 63 on 2026-11-24; it was 110 before there was a path of its own

@@ -26,8 +26,9 @@ from torch import Tensor
 from mfext.config import ModelConfig
 from mfext.hub.molm import config_from_published, published_name, tensors_from_published
 from mfext.model.generate import Sampling, generate
+from mfext.model.language_model import ModelOutput
 from mfext.model.losses import language_loss, routing_loss
-from mfext.model.moduleformer import ModelOutput, ModuleFormer
+from mfext.model.moduleformer import ModuleFormer
 
 CHECKPOINTS = ("molm_mlp_gate", "molm_shared_kv_identity", "molm_linear_gate", "molm_switch_loss")
 CARRIED = Path(__file__).parents[1] / "golden"

@@ -6,24 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfext.config import DomainGateConfig, GenerationConfig, ModelConfig
+from mfext.config import DomainGateConfig, GenerationConfig, GrowthMode, ModelConfig
 from mfext.model.generate import Sampling, pad_left
-from mfext.model.moduleformer import ModelOutput, ModuleFormer
+from mfext.model.language_model import ModelOutput
+from mfext.model.moduleformer import ModuleFormer
 
 # The same float64 sums in another order.
 SAME = {"rtol": 1e-11, "atol": 1e-11}
 
 
-def grown(name: str, mode: str) -> GenerationConfig:
+def grown(name: str, mode: GrowthMode) -> GenerationConfig:
     gated = mode == "gated"
     return GenerationConfig(
         name=name,
-        mode="gated" if gated else "compete",
+        mode=mode,
         attention_experts=(2, 1),
         feedforward_experts=(0, 3),
         attention_experts_per_token=1,
         feedforward_experts_per_token=1,
-        d_feedforward=7 if gated else 9,
+        d_feedforward=7 if mode in ("gated", "side") else 9,
         embedding_rank=3 * gated,
         head_rank=99 * gated,
         key_value_rank=2 * gated,
@@ -34,7 +35,19 @@ def grown(name: str, mode: str) -> GenerationConfig:
     )
 
 
-@pytest.fixture(params=[("gated",), ("gated", "gated"), ("compete",), ("gated", "compete")], ids="-".join)
+LINEAGES: list[tuple[GrowthMode, ...]] = [
+    ("gated",),
+    ("gated", "gated"),
+    ("compete",),
+    ("gated", "compete"),
+    ("side",),
+    ("side", "gated"),
+    ("preserve", "preserve"),
+    ("preserve", "side", "gated"),
+]
+
+
+@pytest.fixture(params=LINEAGES, ids="-".join)
 def model(request: pytest.FixtureRequest) -> ModuleFormer:
     """Random everywhere, gates spread so that tokens fall on both sides of the thresholds and between."""
     torch.manual_seed(3)

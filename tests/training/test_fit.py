@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mfext.config import LoggerConfig, TrainerConfig
+from mfext.config_machine import LoggerConfig, TrainerConfig
 from mfext.errors import DamagedError, DivergedError, InputError, InterruptedRun
 from mfext.training.exchange import ProgressState
 from mfext.training.fit import fit

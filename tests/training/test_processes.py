@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfext.config import TrainerConfig
+from mfext.config_machine import TrainerConfig
 from mfext.errors import InputError, InterruptedRun
 from mfext.training.fit import fit
 from tests.training.test_fit import Steps, rows

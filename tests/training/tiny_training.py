@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mfext.config import GrowthConfig, ModelConfig, TrainerConfig, TrainingConfig
+from mfext.config import GrowthConfig, ModelConfig, TrainingConfig
+from mfext.config_machine import TrainerConfig
 from mfext.growth.apply import apply_plan
 from mfext.growth.plan import plan_growth
 from mfext.model.moduleformer import ModuleFormer

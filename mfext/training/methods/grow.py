@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from mfext.errors import InputError
+from mfext.model.language_model import ModelOutput
+from mfext.training.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,11 @@ class Grow:
     that moved would move the border between old and new domains that was calibrated.
     """
 
+    trains: ClassVar[str] = (
+        "the newest generation: experts, routers, changes to embedding and head; its gate and all older are frozen"
+    )
     name: str = "grow"
+    starts_from: Literal["previous", "base"] = "previous"
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where the model has no generation yet."""
@@ -34,7 +41,8 @@ class Grow:
         gate = prefix + "gate."
         return {name for name, _ in model.named_parameters() if name.startswith(prefix) and not name.startswith(gate)}
 
+    def penalty(self, model: nn.Module, output: ModelOutput, batch: Batch) -> None:
+        return None
+
     def describe(self) -> str:
-        return (
-            "the newest generation: experts, routers, changes to embedding and head; its gate and all older are frozen"
-        )
+        return self.trains

@@ -1,0 +1,128 @@
+"""`mfext continual` on two-kilobyte domains: every method, exact resume, repeated domains, what each run proves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from mfext.commands.continual import run
+from mfext.commands.models import model_tensors, open_model
+from mfext.config import MethodName, Recipe
+from mfext.errors import InputError
+from mfext.growth.apply import apply_plan
+from mfext.growth.growable import growable
+from mfext.growth.plan import plan_detach
+from mfext.recipe import load_recipe
+from mfext.report.report import Report
+from mfext.store import Run, tensor_hashes
+from tests.commands.tiny_world import QUIET, TINY, World, make_world
+
+STEPS = 8
+SMALL = ("training.tokens=4096", "training.batch_size=8", "ewc.windows=8", "lora.rank=4", "method=grow")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("stream"))
+
+
+def stream(world: World, out: str, *overrides: str, domains: tuple[Path, ...] = ()) -> Recipe:
+    named = [str(each) for each in domains or (world.letters, world.digits, world.capitals)]
+    words = [*TINY, *SMALL, *overrides]
+    return load_recipe("continual", None, words, {"domains": named, "bystanders": [], "out": str(world.runs / out)})
+
+
+def numbers(report: Report) -> Any:
+    keys = ("matrix", "domains", "learned", "forgetting", "frozen_ok", "detach_equals_base", "params", "metrics")
+    return json.loads(json.dumps({key: report.data[key] for key in keys}))
+
+
+@pytest.mark.parametrize("method", [name for name in get_args(MethodName) if name != "grow"])
+def test_every_method_learns_a_stream_and_reports_it(world: World, method: str) -> None:
+    report = run(stream(world, method, f"method={method}"), QUIET)
+    rows = report.data["matrix"]["nll_per_byte"]  # type: ignore[index]
+    assert report.data["finished"] is True
+    assert len(rows) == (3 if method == "joint" else 4)
+    assert all(value is not None for row in rows for value in row)
+    before, after = rows[1], rows[-1]
+    learned = after[0] if method == "joint" else after[2]
+    assert learned < before[2] if method != "frozen" else rows[1] == rows[2] == rows[3]
+    promised = {"frozen": True, "expand": True}.get(method)
+    assert report.data["frozen_ok"] is promised
+
+
+def test_growing_a_stream_keeps_every_old_bit_and_detaches_stage_by_stage(world: World) -> None:
+    report = run(stream(world, "grown"), QUIET)
+    assert report.data["frozen_ok"] is True and report.data["detach_equals_base"] is True
+    stages = Run.open(world.runs / "grown", read_only=True).stages()
+    assert [stage.name for stage in stages] == ["random", "letters", "digits", "capitals"]
+    newest = growable(open_model(stages[-1].folder).model)
+    for earlier in reversed(stages[1:-1]):
+        apply_plan(newest, plan_detach(newest.config))
+        expected = open_model(earlier.folder).model
+        assert newest.config == expected.config
+        assert tensor_hashes(model_tensors(newest)) == tensor_hashes(model_tensors(expected))
+
+
+def test_row_0_is_the_random_weights_without_a_base_and_the_base_with_one(world: World) -> None:
+    first = run(stream(world, "without"), QUIET)
+    base = str(first.data["model"])
+    named = stream(world, "with", "method=full", f"base='{base}'", domains=(world.digits,))
+    second = run(named, QUIET)
+    rows = [each.data["matrix"]["nll_per_byte"] for each in (first, second)]  # type: ignore[index]
+    assert len(rows[0]) == 4 and len(rows[1]) == 2
+    assert dict(zip(first.data["domains"], rows[0][-1], strict=True)) == dict(  # type: ignore[call-overload]
+        zip(second.data["domains"], rows[1][0], strict=True)  # type: ignore[call-overload]
+    )
+
+
+def test_a_domain_may_come_again(world: World) -> None:
+    again = (world.letters, world.digits, world.capitals, world.digits)
+    report = run(stream(world, "again", domains=again), QUIET)
+    names = [stage["name"] for stage in report.data["stages"]]  # type: ignore[attr-defined]
+    assert names == ["random", "letters", "digits", "capitals", "digits-2"]
+    assert report.data["learned_in"] == {"letters": 1, "digits": 4, "capitals": 3}
+    assert report.data["frozen_ok"] is True
+
+
+def test_evaluations_inside_stages_are_measured_once_and_change_no_result(world: World) -> None:
+    plain = run(stream(world, "plain", "method=full"), QUIET)
+    inside = run(
+        stream(world, "inside", "method=full", "evaluation.within_every_steps=3", "evaluation.within_max_bytes=1000"),
+        QUIET,
+    )
+    assert inside.data["matrix"] == plain.data["matrix"]
+    curves = inside.data["within"]
+    assert isinstance(curves, dict)
+    assert [step for step, _ in curves["digits"]] == [0, 0, 3, 6, STEPS, STEPS + 3, STEPS + 6, 2 * STEPS]
+    metrics = inside.data["metrics"]
+    assert isinstance(metrics, dict)
+    assert metrics["min_acc"]["value"] is not None
+    assert metrics["stability_gap.depth"]["value"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("domains", "overrides"),
+    [(1, ()), (2, ("base=no/such/folder",)), (3, ("method=expand", "expand.blocks=9")), (3, ("replay.rate=0",))],
+)
+def test_what_cannot_be_learned_is_refused_in_one_line(world: World, domains: int, overrides: tuple[str, ...]) -> None:
+    named = (world.letters, world.digits, world.capitals)[:domains]
+    with pytest.raises(InputError) as caught:
+        run(stream(world, f"refused-{domains}-{len(overrides)}", *overrides, domains=named), QUIET)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dry_run_says_what_every_stage_would_train(world: World) -> None:
+    from dataclasses import replace
+
+    for method in get_args(MethodName):
+        recipe = stream(world, f"dry-{method}", f"method={method}")
+        report = run(recipe, replace(QUIET, dry_run=True))
+        stages = report.data["stages"]
+        assert isinstance(stages, list)
+        assert [stage["name"] for stage in stages] == (["joint"] if method == "joint" else ["digits", "capitals"])
+        assert all(stage["trains"] for stage in stages)
+        assert not (world.runs / f"dry-{method}").exists()
