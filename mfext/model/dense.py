@@ -183,7 +183,7 @@ def rotations_of(first: int, length: int, width: int, like: Tensor) -> Tensor:
 
 def rotate(x_BTHC: Tensor, rotations_2TC: Tensor) -> Tensor:
     """Every head's vector turned by its position's angles."""
-    cos_T1C, sin_T1C = rotations_2TC.to(x_BTHC.dtype).unsqueeze(2)
+    cos_T1C, sin_T1C = rotations_2TC.to(x_BTHC.dtype).unsqueeze(2).unbind(0)
     first, second = x_BTHC.chunk(2, dim=-1)
     return x_BTHC * cos_T1C + torch.cat((-second, first), dim=-1) * sin_T1C
 
