@@ -100,11 +100,11 @@ def _site_shares(usage: Json, site: tuple[int, str]) -> dict[int, tuple[float, .
 def _groups(
     generation: int, width: int, site: tuple[int, str], newcomers: Sequence[Newcomers]
 ) -> list[tuple[str, int]]:
-    """Runs of a bank's experts by who added them; competing newcomers stand behind the base's in its own bank."""
+    """Runs of a bank's experts by who added them; those in the base's softmax stand behind its own in its bank."""
     if generation > 0:
         name = newcomers[generation - 1].name if generation <= len(newcomers) else f"generation {generation}"
         return [(name, width)] if width else []
-    added = [(each.name, each.experts(*site)) for each in newcomers if each.mode == "compete"]
+    added = [(each.name, each.experts(*site)) for each in newcomers if each.mode in ("compete", "preserve")]
     added = [(name, size) for name, size in added if size]
     own = width - sum(size for _, size in added)
     if own < 0:

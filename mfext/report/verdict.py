@@ -150,7 +150,7 @@ def _promises(data: Json) -> tuple[list[str], list[str]]:
         broken.append("DETACHING DOES NOT GIVE THE BASE BACK: the grown model holds other base weights")
     if identity == 0:
         kept.append("growth started as the identity")
-    elif identity is not None and text(data, "mode") == "gated":
+    elif identity is not None and text(data, "mode") in ("gated", "side"):
         broken.append(f"GROWTH WAS NOT THE IDENTITY: it moved the logits by up to {identity:.2g} before any training")
     elif identity is not None:
         kept.append(f"growth itself moved the logits by up to {identity:.2g}, before any training")

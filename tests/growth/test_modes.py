@@ -13,8 +13,11 @@ from mfext.errors import InputError
 from mfext.growth.apply import apply_plan, set_trainable
 from mfext.growth.growing import grow as grow_and_check
 from mfext.growth.plan import count_parameters, plan_detach, plan_growth
+from mfext.model.forward_pass import Pass
+from mfext.model.generation import OpenTokens
 from mfext.model.losses import language_loss, routing_loss
 from mfext.model.moduleformer import ModuleFormer
+from mfext.model.positions import Positions
 from mfext.model.router import Router, RouterRows
 from mfext.training.routing_log import routing_numbers
 from tests.growth.tiny_growth import (
@@ -179,20 +182,33 @@ def test_where_every_choice_is_null_the_base_answers_bit_for_bit_and_no_expert_i
     assert not model(tokens()).logits.requires_grad, "nothing of the generation took part"
 
 
-def test_documents_that_chose_no_expert_keep_their_bits_beside_documents_that_did() -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["attention", "feedforward"])
+def test_rows_that_chose_no_expert_keep_their_bits_beside_rows_that_did(kind: str) -> None:
     model = tiny_model()
-    ids = tokens(batch=2)
-    before = model(ids).logits
+    x_BTD = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(4))
+    x_BTD[:, :, 0] = torch.tensor([10.0, -10.0, 10.0])[:, None]
+    positions = Positions(0, None)
+    before = getattr(model.blocks[0], kind)(x_BTD, Pass(positions, (), (), None, False)).update_BTD
     grow(model, "code", replace(SIDE, attention_experts_per_token=1, feedforward_experts_per_token=1))
     wake(model, 1)
-    output = model(ids)
-    first = next(routing for routing in output.routings if routing.generation)
-    used_BT = (first.experts_MK[:, 0] < first.num_experts).view(2, -1)
-    assert used_BT.any() and not used_BT.all()
-    hidden = model(ids, return_hidden=True)
-    assert not torch.equal(hidden.logits, before)
-    quiet_B = ~used_BT.any(1)
-    assert torch.equal(hidden.hidden_states[0][quiet_B], model(ids, return_hidden=True).hidden_states[0][quiet_B])
+    router = getattr(model.generation(1).layers[0], f"{kind}_router")
+    for parameter in router.parameters():
+        parameter.zero_()
+    router.hidden.weight[0, 0] = 1.0  # feature 0 is 10 in rows 0 and 2, and 0 in row 1
+    router.hidden.bias[1] = 1.0
+    router.output.weight[-1, 0], router.output.weight[0, 1] = 100.0, 5.0
+    side = OpenTokens.everywhere(1, model.generation(1), torch.zeros(3, 12))
+    output = getattr(model.blocks[0], kind)(x_BTD, Pass(positions, (side,), (), None, False))
+    null_BT = (output.routings[1].experts_MK[:, 0] == output.routings[1].num_experts).view(3, 12)
+    assert null_BT.all(1).tolist() == [True, False, True]
+    assert torch.equal(output.update_BTD[[0, 2]], before[[0, 2]])
+    assert not torch.equal(output.update_BTD[1], before[1])
+    alone = getattr(model.blocks[0], kind)(
+        x_BTD[1:2],
+        Pass(positions, (OpenTokens.everywhere(1, model.generation(1), torch.zeros(1, 12)),), (), None, False),
+    )
+    torch.testing.assert_close(output.update_BTD[1:2], alone.update_BTD)
 
 
 @torch.no_grad()

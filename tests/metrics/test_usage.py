@@ -121,3 +121,17 @@ def test_usage_is_plain_json() -> None:
     data = json.loads(json.dumps(count(decide([[0], [1]], 2), valid=[1, 1]).to_json()))
     assert data["sites"] == [{"layer": 0, "kind": "feedforward", "share_new": 0.0}]
     assert data["banks"][0]["share"] == [0.5, 0.5]
+
+
+def test_null_choices_reach_no_expert_and_are_counted_apart() -> None:
+    base = decide([[0], [1], [0], [1]], 2)
+    side = decide([[2, 0], [2, 1], [0, 1], [1, 0]], 2, generation=1)
+    _, bank = count(base, side, valid=[1, 1, 1, 0]).banks
+    assert (bank.tokens, bank.share, bank.share_null) == (3, (0.5, 0.5), pytest.approx(2 / 6))
+    usage = count(base, decide([[2], [1], [2], [2]], 2, generation=1), valid=[1, 1, 1, 0])
+    old, bank = usage.banks
+    assert (bank.tokens, bank.share, bank.share_null) == (1, (0.0, 1.0), pytest.approx(2 / 3))
+    assert bank.share_new == pytest.approx(1 / 3) == usage.share_new_by_site[0, "feedforward"]
+    assert old.share_null == 0.0
+    nowhere = count(base, decide([[2], [2], [2], [2]], 2, generation=1), valid=[1, 1, 1, 0]).banks[1]
+    assert (nowhere.tokens, nowhere.share, nowhere.share_null, nowhere.share_new) == (0, (0.0, 0.0), 1.0, 0.0)
