@@ -21,10 +21,14 @@ from mfext.errors import DivergedError
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step over all processes: losses in nats per token, gradient norm before clipping."""
+    """One optimizer step over all processes: losses in nats per token, gradient norm before clipping.
+
+    `penalty` is what the method added to the loss; None where it adds nothing.
+    """
 
     loss_nats_per_token: float
     routing_loss: float
+    penalty: float | None
     gradient_norm: float
     skipped: bool
     windows: int
@@ -38,11 +42,15 @@ class NonFiniteGuard:
         self.bad_in_a_row = 0
         self.skipped_windows = 0
         self._losses: list[Tensor] = []
+        self._has_penalty = False
         self._windows = 0
 
-    def add(self, language: Tensor, routing: Tensor, windows: int) -> None:
-        """Note one micro-batch's detached scalar losses and its number of windows (rows)."""
-        self._losses.append(torch.stack([language.detach().double(), routing.detach().double().to(language.device)]))
+    def add(self, language: Tensor, routing: Tensor, penalty: Tensor | None, windows: int) -> None:
+        """Note one micro-batch's scalar losses (detached here) and its number of windows (rows)."""
+        added = torch.zeros_like(language) if penalty is None else penalty
+        losses = [each.detach().double().to(language.device) for each in (language, routing, added)]
+        self._losses.append(torch.stack(losses))
+        self._has_penalty = penalty is not None
         self._windows += windows
 
     def check(self, parameters: Sequence[Parameter]) -> tuple[StepRecord, Tensor]:
@@ -54,13 +62,14 @@ class NonFiniteGuard:
         norm = get_total_norm(gradients) if gradients else self._losses[-1].new_zeros(())
         losses = torch.stack(self._losses).mean(0)
         bad = ~(torch.isfinite(losses).all() & torch.isfinite(norm))
-        numbers = torch.stack([losses[0], losses[1], bad.double(), losses.new_tensor(float(self._windows))])
+        numbers = torch.cat([losses, torch.stack([bad.double(), losses.new_tensor(float(self._windows))])])
         world = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
             torch.distributed.all_reduce(numbers)
-        loss, routing, bad_ranks, windows = numbers.tolist()
-        record = StepRecord(loss / world, routing / world, float(norm), bad_ranks > 0, int(windows))
+        loss, routing, added, bad_ranks, windows = numbers.tolist()
+        penalty = added / world if self._has_penalty else None
+        record = StepRecord(loss / world, routing / world, penalty, float(norm), bad_ranks > 0, int(windows))
         self._losses, self._windows = [], 0
         self._count(record, parameters)
         return record, norm
@@ -74,7 +83,8 @@ class NonFiniteGuard:
         self.bad_in_a_row += 1
         self.skipped_windows += record.windows
         if self.bad_in_a_row >= self.max_in_a_row:
-            what = "loss" if not math.isfinite(record.loss_nats_per_token) else "gradient"
+            losses = {"loss": record.loss_nats_per_token, "penalty": record.penalty or 0.0}
+            what = next((name for name, value in losses.items() if not math.isfinite(value)), "gradient")
             raise DivergedError(
                 f"training diverged: the {what} was not finite {self.bad_in_a_row} steps in a row",
                 "",

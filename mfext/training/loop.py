@@ -172,6 +172,8 @@ class StageLoop(Callback):
             numbers |= {"loss_nats_per_token": self.last_loss, "bits_per_token": self.last_loss / math.log(2)}
         if not record.skipped:
             numbers |= {"routing_loss": record.routing_loss, "gradient_norm": record.gradient_norm}
+            if record.penalty is not None:
+                numbers["penalty"] = record.penalty
         numbers["tokens_per_s"] = (
             (self.step - self.logged_step) * self.tokens_per_step / max(now - self.log_clock, 1e-9)
         )

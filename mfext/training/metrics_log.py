@@ -20,6 +20,7 @@ COLUMNS = (
     "loss_nats_per_token",
     "bits_per_token",
     "routing_loss",
+    "penalty",
     "learning_rate",
     "gradient_norm",
     "tokens_per_s",

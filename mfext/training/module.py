@@ -51,7 +51,8 @@ class ContinualModuleFormer(lightning.LightningModule):
 
     Batches are mappings with `input_ids` and either `targets` (already shifted, -100 not scored)
     or `labels` (unshifted), optionally `attention_mask` and `document_starts`, all (B, T) long.
-    The loss is cross-entropy (nats per token) + `routing_loss_weight` x the routers' balance loss.
+    The loss is cross-entropy (nats per token) + `routing_loss_weight` x the routers' balance loss + the method's
+    penalty, where it has one.
 
     `training` gives learning rate, schedule and weight decay (its budget of tokens and batch shape
     belong to mfext's own loop: under a plain Trainer, max_steps and the loader decide). `method`
@@ -151,7 +152,10 @@ class ContinualModuleFormer(lightning.LightningModule):
             else torch.zeros_like(language)
         )
         loss = language + weight * balance.to(language.device)
-        self.guard.add(language, balance, read.input_ids_BT.shape[0])
+        penalty = self.method.penalty(self.model, output, read)
+        if penalty is not None:
+            loss = loss + penalty.to(loss.device)
+        self.guard.add(language, balance, penalty, read.input_ids_BT.shape[0])
         if self.watch_routing:
             self.routing_numbers = routing_numbers(output, self.model.config, read.input_ids_BT.numel())
         # A gate closed on the whole batch leaves nothing to differentiate: no gradient, no error.
@@ -229,5 +233,7 @@ class ContinualModuleFormer(lightning.LightningModule):
     def _log_step(self, record: StepRecord) -> None:
         numbers = {"routing_loss": record.routing_loss, "gradient_norm": record.gradient_norm}
         numbers |= {"learning_rate": self.learning_rate, "skipped_windows": float(self.guard.skipped_windows)}
+        if record.penalty is not None:
+            numbers["penalty"] = record.penalty
         self.log("loss", record.loss_nats_per_token, prog_bar=True)
         self.log_dict(numbers)

@@ -113,7 +113,8 @@ def test_metrics_csv_goes_on_after_the_resumed_step_without_duplicates_or_torn_r
 def test_the_log_says_loss_rate_speed_norm_and_routing(tmp_path: Path) -> None:
     progress = Steps()
     result = fit(tiny_module(grown=True), TinyStream(), tiny_settings(tmp_path), commit=Commits(), progress=progress)
-    last = {name: float(value) for name, value in rows(tmp_path)[-1].items()}
+    last = {name: float(value) for name, value in rows(tmp_path)[-1].items() if value}
+    assert set(COLUMNS) - last.keys() == {"penalty"}, "a method without a penalty logs none"
     assert last["bits_per_token"] == pytest.approx(last["loss_nats_per_token"] / math.log(2), rel=1e-6)
     assert last["loss_nats_per_token"] == pytest.approx(result.loss_nats_per_token, rel=1e-6)
     assert 0 <= last["routing_entropy_attention"] <= math.log(2) + 1e-6 and last["gate_open_share"] == 1.0

@@ -35,9 +35,7 @@ class Ewc:
     strength: float
     name: str = "ewc"
     starts_from: Literal["previous", "base"] = "previous"
-    _placed: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _placed: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where anchor and importance are not of this model's parameters."""

@@ -40,7 +40,9 @@ class Lora:
         """Raises InputError where the model has no adapter."""
         adapters = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
         if not adapters:
-            raise InputError("method=lora has nothing to train", "this model has no adapter", "add_adapters(model) first")
+            raise InputError(
+                "method=lora has nothing to train", "this model has no adapter", "add_adapters(model) first"
+            )
         return {f"{name}.{factor}" for name in adapters for factor in ("left", "right")}
 
     def penalty(self, model: nn.Module, output: ModelOutput, batch: Batch) -> None:
