@@ -84,7 +84,7 @@ def _parameters(opened: OpenedModel) -> dict[str, object]:
     for name, parameter in opened.model.named_parameters():
         words = name.split(".")
         owner = int(words[1]) + 1 if words[0] == "generations" else 0
-        parts[owner][_part(words)] += parameter.numel()
+        parts[owner][_part(words, config)] += parameter.numel()
     by_owner: list[Mapping[str, object]] = [
         {"name": owner, "total": sum(part.values()), "parts": dict(part)}
         for owner, part in zip(owners, parts, strict=True)
@@ -92,8 +92,10 @@ def _parameters(opened: OpenedModel) -> dict[str, object]:
     return {"total": counts.total, "active_per_token": counts.active_per_token, "by_generation": by_owner}
 
 
-def _part(words: list[str]) -> str:
+def _part(words: list[str], config: ModelConfig) -> str:
     """Which part of the model a parameter's name belongs to."""
+    if config.architecture == "dense" and not words[-2].endswith("norm"):
+        return next((word for word in ("attention", "feedforward", "embedding") if word in words), "head")
     if "gate" in words:
         return "domain gate"
     if any(word.endswith("router") for word in words):

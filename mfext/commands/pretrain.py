@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mfext import __version__
-from mfext.commands.measuring import Moment, measure_stage, prepare_columns
+from mfext.commands.measuring import Column, Moment, measure_stage, measure_within, prepare_columns, prepare_within
 from mfext.commands.models import model_tensors, open_model
 from mfext.commands.outcome import run_report, verb_of, write_reports
 from mfext.commands.setting import (
@@ -36,6 +36,7 @@ from mfext.domains.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from mfext.errors import InputError, LockedError
 from mfext.growth.plan import count_parameters
 from mfext.model.build import new_model
+from mfext.model.language_model import LanguageModel
 from mfext.paths import cache_folder
 from mfext.recipe import config_hash, recipe_from_mapping, recipe_to_mapping
 from mfext.report.planning import plan_report
@@ -62,8 +63,9 @@ def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
         invocation.resume or recipe.out or Path("runs") / f"pretrain-{'-'.join(each.name for each in domains)[:40]}"
     )
     with open_run(out, recipe, "pretrain", resume=invocation.resume is not None) as opened:
-        pretrain(recipe, domains, tokenizer, opened, console)
-        _measure(recipe, domains, tokenizer, opened, console)
+        within = prepare_within(domains, tokenizer, recipe.evaluation)
+        pretrain(recipe, domains, tokenizer, opened, console, within)
+        _measure(recipe, (prepare_columns(domains, tokenizer, recipe.evaluation), within), opened, console)
         return write_reports(opened, run_report(opened, "pretrain", recipe), recipe.seed, config_hash(recipe))
 
 
@@ -109,26 +111,46 @@ def _numbers(recipe: Recipe) -> str:
     return config_hash(replace(recipe, trainer=TrainerConfig()))
 
 
-def pretrain(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
-    """Train and commit stage 0 of `opened`, unless it is there."""
+def pretrain(
+    recipe: Recipe,
+    domains: Sequence[Domain],
+    tokenizer: Tokenizer,
+    opened: Run,
+    console: Console,
+    within: Sequence[Column] = (),
+) -> None:
+    """Train and commit stage 0 of `opened`, unless it is there; `within` is measured at steps inside it."""
     base = recipe.default_base
     check_tokenizer(tokenizer, base.model.vocab_size)
     check_domains(domains)
     if not opened.stages():
-        _train(recipe, domains, tokenizer, opened, console)
+        _train(recipe, domains, tokenizer, opened, console, within)
     opened.clear_progress(STAGE)
 
 
-def _measure(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
+def _measure(recipe: Recipe, columns: tuple[Sequence[Column], Sequence[Column]], opened: Run, console: Console) -> None:
+    """Row 0 of the ledger: the columns of the matrix, and the last of those measured inside the stage."""
     loaded = open_model(opened.stages()[0].folder)
     steps = recipe.default_base.training.steps
     moment = Moment(STAGE, STAGE_NAME, steps, loaded.sha256, recipe.seed)
-    columns = prepare_columns(domains, tokenizer, recipe.evaluation)
-    measure_stage(loaded.model, columns, moment, recipe, opened, console)
+    measure_stage(loaded.model, columns[0], moment, recipe, opened, console)
+    measure_within(loaded.model, columns[1], moment, recipe, opened)
 
 
-def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, opened: Run, console: Console) -> None:
+def _train(
+    recipe: Recipe,
+    domains: Sequence[Domain],
+    tokenizer: Tokenizer,
+    opened: Run,
+    console: Console,
+    within: Sequence[Column],
+) -> None:
     base = recipe.default_base
+
+    def evaluate(model: LanguageModel, step: int) -> None:
+        moment = Moment(STAGE, STAGE_NAME, step, model_hash(model_tensors(model)), recipe.seed)
+        measure_within(model, within, moment, recipe, opened)
+
     torch.manual_seed(recipe.seed)
     model = new_model(base.model)
     stream = TokenStream(
@@ -139,7 +161,8 @@ def _train(recipe: Recipe, domains: Sequence[Domain], tokenizer: Tokenizer, open
         stage=STAGE,
     )
     module = ContinualModuleFormer(model, base.training, Full())
-    result = train_stage(module, stream, StageWork(STAGE, STAGE_NAME, base.training, {}, {}), recipe, opened, console)
+    work = StageWork(STAGE, STAGE_NAME, base.training, {}, {}, evaluate if within else None)
+    result = train_stage(module, stream, work, recipe, opened, console)
     tensors = model_tensors(model)
     records = [record_of(each).to_json() for each in domains]
     lineage = {
