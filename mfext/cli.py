@@ -170,8 +170,8 @@ def parse_arguments(verb: Verb, words: Sequence[str]) -> Arguments:
                     )
                 inline = rest.pop(0)
             _store(arguments, flag, inline)
-        elif verb.positional and verb.positional not in arguments.values and "=" not in word:
-            arguments.values[verb.positional] = word
+        elif (bare := _next_bare(verb, arguments)) and "=" not in word:
+            arguments.values[bare] = word
         elif "=" in word and verb.takes:
             arguments.overrides.append(word)
         else:
@@ -179,6 +179,11 @@ def parse_arguments(verb: Verb, words: Sequence[str]) -> Arguments:
                 f"unexpected argument {word!r}", f"mfext {verb.name}", "expected --flag value or key=value"
             )
     return arguments
+
+
+def _next_bare(verb: Verb, arguments: Arguments) -> str:
+    """The key of the next bare argument; empty where the verb takes no more."""
+    return next((key for key in verb.positional.split() if key not in arguments.values), "")
 
 
 def _unknown_flag(verb: Verb, name: str) -> InputError:
@@ -284,16 +289,16 @@ def _run_request(verb: Verb, arguments: Arguments) -> None:
         set_key(plain, assignment.key, assignment.value)
     for key, value in arguments.values.items():
         set_key(plain, key, value)
-    keys = ("model", "domains", "run", "number")
+    keys = ("model", "domains", "run", "run_a", "run_b", "number")
     needed = next((key for key in keys if _needs(verb, key) and key not in plain), None)
     if needed:
         spelled = next((flag.name for flag in verb.flags if flag.key == needed), needed.upper())
         raise InputError(f"{spelled} is missing", f"mfext {verb.name}", f"for example: {verb.example}")
     request = from_mapping(getattr(requests, verb.takes), plain)
-    for key in ("model", "run"):
+    for key in ("model", "run", "run_a", "run_b"):
         folder = getattr(request, key, None)
         if folder is not None and not Path(folder).expanduser().is_dir():
-            raise InputError(f"no such {key} folder", folder, "it must exist")
+            raise InputError(f"no such {key.partition('_')[0]} folder", folder, "it must exist")
     for reference in getattr(request, "domains", ()):
         check_domain(reference)
     command = importlib.import_module(verb.module)
@@ -301,6 +306,8 @@ def _run_request(verb: Verb, arguments: Arguments) -> None:
         report: Report = command.run(request, invocation)
     asked = json.dumps(to_mapping(request), sort_keys=True)
     _print(_complete(report, request.seed, hashlib.sha256(asked.encode()).hexdigest()), invocation)
+    if report.failure is not None:
+        raise report.failure
 
 
 def _needs(verb: Verb, key: str) -> bool:

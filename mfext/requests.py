@@ -6,6 +6,7 @@ A verb that trains takes a Recipe (config.py); the others take one of the reques
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from mfext.config import EvaluationConfig
@@ -96,10 +97,54 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """Rebuild report.html, report.md and metrics.json of a run or a sweep from its raw ledger."""
+    """Rebuild report.html, report.md and metrics.json of a run or a sweep from its raw ledger.
+
+    `format` csv or latex writes every table to tables/ as well.
+    """
 
     run: str
+    format: str | None = None
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.format not in (None, "csv", "latex"):
+            raise ValueError(f"format={self.format!r}: must be csv or latex")
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """The last stages of two runs, paired per document; `seed` draws the bootstrap. `out` is an HTML file to write."""
+
+    run_a: str
+    run_b: str
+    out: str | None = None
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.out is not None and not self.out.endswith(".html"):
+            raise ValueError(f"out={self.out!r}: must end in .html")
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """Budgets of a run in bits per byte; None leaves one unchecked.
+
+    `max_forgetting` bounds the mean rise on old domains, `min_learned` the least fall on a domain learned,
+    `max_bystander` the greatest rise on a domain never trained. `strict` holds the bad end of the 95 % interval to it.
+    """
+
+    run: str
+    max_forgetting: float | None = None
+    min_learned: float | None = None
+    max_bystander: float | None = None
+    strict: bool = False
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("max_forgetting", "min_learned", "max_bystander"):
+            budget = getattr(self, key)
+            if budget is not None and not math.isfinite(budget):
+                raise ValueError(f"{key}={budget!r}: must be a finite number of bits per byte")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ class Flag:
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb. `takes` is "recipe", or the name of a class in requests.py; `positional` the key of a bare argument."""
+    """One verb. `takes` is "recipe", or the name of a class in requests.py.
+
+    `positional` holds the keys of the bare arguments in order, with blanks between them.
+    """
 
     name: str
     module: str
@@ -154,7 +157,31 @@ VERBS = (
         "ReportRequest",
         "rebuild the reports of a run or a sweep from its raw ledger",
         "mfext report my_run",
-        _COMMON,
+        (Flag("--format", "format", "text", "write every table too: csv or latex, to tables/", "NAME"), *_COMMON),
+        positional="run",
+    ),
+    Verb(
+        "compare",
+        "mfext.commands.compare",
+        "CompareRequest",
+        "two runs on the same documents, paired: which last stage is better, and by how much",
+        "mfext compare runs/grow runs/full",
+        (Flag("--out", "out", "text", "write the comparison as one HTML page too", "FILE"), *_COMMON),
+        positional="run_a run_b",
+    ),
+    Verb(
+        "check",
+        "mfext.commands.check",
+        "CheckRequest",
+        "hold a run to budgets in bits per byte; exit code 5 where one is broken",
+        "mfext check my_run --max-forgetting 0.02 --min-learned 0.5",
+        (
+            Flag("--max-forgetting", "max_forgetting", "number", "mean rise on old domains, bits per byte", "X"),
+            Flag("--min-learned", "min_learned", "number", "fall on every domain learned, bits per byte", "Y"),
+            Flag("--max-bystander", "max_bystander", "number", "rise on any domain never trained, bits per byte", "Z"),
+            Flag("--strict", "strict", "switch", "hold the bad end of each 95 % interval to it, not the estimate"),
+            *_COMMON,
+        ),
         positional="run",
     ),
     Verb(

@@ -28,6 +28,8 @@ from mfext.report.report import Report
 from mfext.store import MODEL_TYPE, Run, Stage, read_json_object
 
 FORMAT_KEYS = ("model_type", "format_version")
+RANDOM_NAME = "random"
+"""Name of stage 0 where it is the weights that pretraining started from."""
 
 
 def verb_of(opened: Run) -> str:
@@ -85,6 +87,7 @@ def run_data(opened: Run, recipe: Recipe, verb: str) -> dict[str, object]:
         "identity_at_growth": facts.get("identity_at_growth"),
         "gate": facts.get("gate"),
         "within": _within(opened, stages),
+        "borders": _borders(opened, stages),
         **_spent(stages),
     }
 
@@ -131,16 +134,25 @@ def _spent(stages: Sequence[Stage]) -> dict[str, object]:
 
 def _within(opened: Run, stages: Sequence[Stage]) -> dict[str, list[list[float]]]:
     """Losses measured inside stages, per domain: [optimizer steps since the base, nats per byte]."""
-    rows = [row for row in Ledger.from_json(opened.read_ledger()) if row.split == WITHIN]
-    last_steps = {
-        stage.index: max((row.step for row in rows if row.stage == stage.index), default=0) for stage in stages
-    }
+    starts = dict(zip((stage.index for stage in stages[1:]), _borders(opened, stages), strict=True))
     curves: dict[str, list[list[float]]] = {}
-    for row in sorted(rows, key=lambda row: (row.stage, row.step)):
-        before = sum(steps for index, steps in last_steps.items() if index < row.stage)
+    for row in sorted(_within_rows(opened), key=lambda row: (row.stage, row.step)):
         if row.nats_per_byte is not None:
-            curves.setdefault(row.domain, []).append([before + row.step, row.nats_per_byte])
+            curves.setdefault(row.domain, []).append([starts.get(row.stage, 0) + row.step, row.nats_per_byte])
     return curves
+
+
+def _borders(opened: Run, stages: Sequence[Stage]) -> list[int]:
+    """For every stage after row 0 the optimizer step, counted since the base, at which it began."""
+    rows, borders, at = _within_rows(opened), [], 0
+    for stage in stages[1:]:
+        borders.append(at)
+        at += max((row.step for row in rows if row.stage == stage.index), default=0)
+    return borders
+
+
+def _within_rows(opened: Run) -> list[LedgerRow]:
+    return [row for row in Ledger.from_json(opened.read_ledger()) if row.split == WITHIN]
 
 
 def run_report(opened: Run, verb: str, recipe: Recipe) -> Report:
@@ -181,9 +193,14 @@ def _measured(row: LedgerRow) -> dict[str, object]:
 
 
 def _changes(ledger: Ledger, matrix: TransferMatrix, domains: Sequence[str], recipe: Recipe) -> dict[str, object]:
-    """Last stage minus the one that learned the domain (the base, for its own and for bystanders), with intervals."""
+    """Last stage minus the one that learned the domain (the base, for its own and for bystanders), with intervals.
+
+    Where row 0 is random weights the base is row 1: against random weights nothing is ever forgotten.
+    """
     settings = recipe.evaluation
-    pairs = [_pair(ledger, name, (matrix.learned_stage[name] or 0, matrix.last), recipe) for name in domains]
+    base = 1 if matrix.stage_names[0] == RANDOM_NAME and matrix.last > 0 else 0
+    since = {name: matrix.learned_stage[name] for name in domains}
+    pairs = [_pair(ledger, name, (base if at is None else at, matrix.last), recipe) for name, at in since.items()]
     entries = {name: _change(pair, recipe) for name, pair in zip(domains, pairs, strict=True)}
     measured = [pair for pair in pairs if pair is not None]
     if not measured:

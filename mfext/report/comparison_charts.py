@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mfext.report.curves import stage_borders
 from mfext.report.groups import LN2, Estimate, Group
 from mfext.report.quantities import bits
 from mfext.report.reading import Json, as_number, domains, listed, mapping, matrix, stages
@@ -91,9 +92,8 @@ def _stream_of(domain: str, groups: Sequence[Group]) -> Curves:
     if not any(len(each.points) > 1 for each in series):
         return Curves(domain)
     named = next((group.data for group in groups if len(stages(group.data)) > 1), {})
-    ends = [as_number(end) for end in listed(named, "borders")] if inside else list(range(len(stages(named)) - 1))
     first = min(each.points[0][0] for each in series)
-    known = [(float(at), name) for at, name in zip(ends, stages(named)[1:], strict=False) if at is not None]
+    known = stage_borders(named) if inside else [(float(at), name) for at, name in enumerate(stages(named)[1:])]
     borders = tuple((at, name) for at, name in known if at >= first)
     x_label = "step" if inside else "stage"
     return Curves(domain, series=tuple(series), borders=borders, x_label=x_label, y_label="bits per byte")

@@ -28,10 +28,11 @@ def training_curves(curves: Sequence[StageCurve]) -> list[Curves]:
     return [section for section in drawn if section.series]
 
 
-def within_curves(data: Json, curves: Sequence[StageCurve]) -> Curves | None:
+def within_curves(data: Json) -> Curves | None:
     """The loss on every domain at evaluations within the stages, over the steps of the whole run.
 
-    `data["within"]`: domain -> [[global step, nats per byte], ...]; None where there is none.
+    `data["within"]`: domain -> [[step, nats per byte], ...], `data["borders"]`: the steps where stages begin. None
+    where nothing was measured within a stage.
     """
     series = []
     for name in domains(data):
@@ -45,7 +46,7 @@ def within_curves(data: Json, curves: Sequence[StageCurve]) -> Curves | None:
     return Curves(
         "Loss within the stages",
         series=tuple(series),
-        borders=_step_borders(stages(data), curves),
+        borders=stage_borders(data),
         x_label="steps",
         y_label="bits per byte",
         note="Measured on a part of the validation text while a stage trains; a line that rises is being forgotten.",
@@ -53,14 +54,12 @@ def within_curves(data: Json, curves: Sequence[StageCurve]) -> Curves | None:
     )
 
 
-def _step_borders(names: Sequence[str], curves: Sequence[StageCurve]) -> tuple[tuple[float, str], ...]:
-    """(global step, stage) where each stage after the first begins; empty where a stage's steps are unknown."""
-    steps = {curve.name: max((row["step"] for row in curve.rows if "step" in row), default=0.0) for curve in curves}
-    borders, at = [], 0.0
-    for name in names[1:]:
-        borders.append((at, name))
-        at += steps.get(name, 0.0)
-    return tuple(borders) if all(steps.get(name) for name in names[1:]) else ()
+def stage_borders(data: Json) -> tuple[tuple[float, str], ...]:
+    """(step, stage) where each stage after row 0 begins; stages that took no step are left out."""
+    begins = [as_number(step) for step in listed(data, "borders")]
+    known = [(step, name) for step, name in zip(begins, stages(data)[1:], strict=False) if step is not None]
+    ends = [step for step, _ in known[1:]]
+    return tuple(pair for pair, end in zip(known, [*ends, None], strict=False) if end is None or end > pair[0])
 
 
 def _chart(curves: Sequence[StageCurve], section: Curves, columns: Sequence[tuple[str, str, bool]]) -> Curves:

@@ -65,7 +65,7 @@ def growth_sections(data: Json, extras: Extras) -> tuple[Section, ...]:
         _since_learned(data),
         _forgetting(data),
         *training_curves(extras.curves),
-        within_curves(data, extras.curves),
+        within_curves(data),
         *expert_sections(extras.details, extras.newcomers),
         *gate_sections(extras.details, extras.newcomers),
         cost_table(extras.costs),

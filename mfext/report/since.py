@@ -24,12 +24,16 @@ def row_zero(data: Json) -> str:
 def learned_stages(data: Json) -> dict[str, int | None]:
     """Per column the stage that first learned it: 0 for the base's domains, None for one never trained.
 
-    A learned domain's entry may say (`stage`); else the first stage whose `domains` list it, or that has its name.
+    `data["learned_in"]` says it; else a learned domain's entry (`stage`), the first stage whose `domains` list it, or
+    the one that has its name.
     """
-    old = changes(data, "forgetting")
+    old, said_in = changes(data, "forgetting"), mapping(data, "learned_in")
     found: dict[str, int | None] = {}
     for domain in domains(data):
-        if domain in mapping(data, "learned"):
+        if domain in said_in:
+            at = number_at(data, "learned_in", domain)
+            found[domain] = None if at is None else round(at)
+        elif domain in mapping(data, "learned"):
             said = number_at(data, "learned", domain, "stage")
             found[domain] = round(said) if said is not None else _stage_that_learned(data, domain)
         else:
