@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 from typing import Any
 
 LN2 = math.log(2)
@@ -89,11 +90,13 @@ def within_of(data: dict[str, Any]) -> dict[str, list[list[float]]]:
     """Evaluations inside the stages, as the data key `within` holds them: every 100 of 500 steps."""
     rows = data["matrix"]["nll_per_byte"]
     found: dict[str, list[list[float]]] = {name: [] for name in data["domains"]}
-    for stage, (before, after) in enumerate(zip(rows, rows[1:], strict=False)):
+    for stage, (before, after) in enumerate(pairwise(rows)):
         for step in range(0, 501, 50):
             for name, a, b in zip(data["domains"], before, after, strict=True):
                 bump = 0.12 * math.exp(-(((step - 120) / 80) ** 2)) if stage else 0.0
-                found[name].append([float(500 * stage + step), b + (a - b) * math.exp(-step / 70) + bump * (a - b == 0)])
+                found[name].append(
+                    [float(500 * stage + step), b + (a - b) * math.exp(-step / 70) + bump * (a - b == 0)]
+                )
     return found
 
 
