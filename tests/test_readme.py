@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mfext.cli import parse_arguments
-from mfext.recipe import check_domain, load_recipe
+from mfext.recipe import check_domain, expand_sweep, load_recipe
 from mfext.verbs import find_verb
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -45,8 +45,10 @@ def test_every_command_in_readme_is_understood(line: str) -> None:
             check_domain(each)
     if verb.takes == "recipe" and "base" not in arguments.values:
         recipe_name = arguments.values.pop("recipe", None)
-        if recipe_name != "corpora_grow":
-            load_recipe(verb.name, recipe_name, arguments.overrides, arguments.values)
+        sweep = arguments.values.pop("multirun", False)
+        for overrides in expand_sweep(arguments.overrides) if sweep else [arguments.overrides]:
+            if recipe_name != "corpora_grow":
+                load_recipe(verb.name, recipe_name, overrides, arguments.values)
 
 
 def test_every_link_and_picture_in_readme_exists() -> None:

@@ -18,6 +18,7 @@ from mfext.growth.apply import apply_plan, set_gate_thresholds
 from mfext.growth.growing import WATCHED, grow
 from mfext.growth.plan import Plan
 from mfext.growth.probes import Windows, document_starts, self_probes
+from mfext.growth.review import review
 from mfext.model.moduleformer import ModuleFormer
 from mfext.report.terminal import Console
 
@@ -59,6 +60,22 @@ def grow_model(
         console.warn("gate.probe=none: the gate is always open, so old domains are not protected")
     facts["generation"] = to_mapping(model.config.generations[-1])
     return Grown(_gate_tensors(model), facts)
+
+
+def review_model(
+    model: ModuleFormer, before: ModuleFormer, recipe: Recipe, stream: TokenStream, kept: Texts
+) -> dict[str, object]:
+    """Let the newest generation's routers and gate learn once more, against probes of the model `before`. In place.
+
+    The facts for the lineage. Raises InputError where `gate.probe` is none: there is nothing to hold on to.
+    """
+    settings = recipe.growth.gate
+    if settings.probe == "none":
+        raise InputError("a review needs probes of old text", "growth.review", "use gate.probe=self, or review.steps=0")
+    new = _new_windows(stream, max(128, settings.probe_sequences))
+    reviewed = review(model, new, _probes(before, recipe, kept), recipe.growth, recipe.seed)
+    facts: dict[str, object] = {"review": asdict(reviewed), "generation": to_mapping(model.config.generations[-1])}
+    return facts if reviewed.gate is None else {**facts, "gate": asdict(reviewed.gate)}
 
 
 def restore_growth(

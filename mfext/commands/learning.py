@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from mfext import __version__
-from mfext.commands.growing import Texts
+from mfext.commands.growing import Texts, review_model
 from mfext.commands.measuring import Column, Moment, measure_within
 from mfext.commands.models import model_tensors, open_model
-from mfext.commands.preparing import Work, find_stage, prepare
+from mfext.commands.preparing import Prepared, Work, find_stage, prepare, text_of
 from mfext.commands.setting import record_of, records_of, tokenizer_reference
 from mfext.commands.staging import StageWork, peak_memory_bytes, train_stage
 from mfext.conversion import to_mapping
+from mfext.growth.growable import growable
 from mfext.model.language_model import LanguageModel
 from mfext.store import Stage, model_hash
 from mfext.training.exchange import FitResult
@@ -54,9 +55,17 @@ def _train(work: Work, within: Sequence[Column]) -> Stage:
     spent = {"stage_wall_s": time.monotonic() - begun}
     if recipe.method == "lora":
         merge_adapters(prepared.model)
-    return _commit(
-        work, prepared.model, prepared.kept, {**_cost(result), **spent, "trainable": trainable, **grown.facts}
-    )
+    facts = {**_cost(result), **spent, "trainable": trainable, **grown.facts, **_review(work, prepared)}
+    return _commit(work, prepared.model, prepared.kept, facts)
+
+
+def _review(work: Work, prepared: Prepared) -> dict[str, object]:
+    """The optional last part of a growth: who reaches the new experts, decided once more."""
+    if work.recipe.method != "grow" or not work.recipe.growth.review.steps:
+        return {}
+    work.console.say(f"{work.lesson.name}: reviewing routers and gate")
+    before, stream = growable(open_model(work.origin.folder).model), text_of(work, work.lesson.new)
+    return review_model(growable(prepared.model), before, work.recipe, stream, prepared.kept)
 
 
 class _Evaluator:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
@@ -15,9 +20,9 @@ from mfext.errors import InputError
 from mfext.growth.apply import apply_plan
 from mfext.growth.growable import growable
 from mfext.growth.plan import plan_detach
-from mfext.recipe import load_recipe
-from mfext.report.report import Report
-from mfext.store import Run, tensor_hashes
+from mfext.recipe import load_recipe, recipe_to_mapping
+from mfext.store import Run, Stage, is_run_folder, tensor_hashes
+from tests.commands.child_process import finish, fork_server, kill_when, start
 from tests.commands.tiny_world import QUIET, TINY, World, make_world
 
 STEPS = 8
@@ -29,15 +34,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("stream"))
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServerContext]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield fork_server()
+
+
 def stream(world: World, out: str, *overrides: str, domains: tuple[Path, ...] = ()) -> Recipe:
     named = [str(each) for each in domains or (world.letters, world.digits, world.capitals)]
     words = [*TINY, *SMALL, *overrides]
     return load_recipe("continual", None, words, {"domains": named, "bystanders": [], "out": str(world.runs / out)})
-
-
-def numbers(report: Report) -> Any:
-    keys = ("matrix", "domains", "learned", "forgetting", "frozen_ok", "detach_equals_base", "params", "metrics")
-    return json.loads(json.dumps({key: report.data[key] for key in keys}))
 
 
 @pytest.mark.parametrize("method", [name for name in get_args(MethodName) if name != "grow"])
@@ -65,6 +72,14 @@ def test_growing_a_stream_keeps_every_old_bit_and_detaches_stage_by_stage(world:
         expected = open_model(earlier.folder).model
         assert newest.config == expected.config
         assert tensor_hashes(model_tensors(newest)) == tensor_hashes(model_tensors(expected))
+
+
+@pytest.mark.parametrize("mode", ["side", "preserve", "compete"])
+def test_every_routing_mode_learns_a_stream_with_a_review_after_each_growth(world: World, mode: str) -> None:
+    report = run(stream(world, mode, f"growth={mode}", "growth.review.steps=3", "growth.review.batch_size=4"), QUIET)
+    assert report.data["frozen_ok"] is True and report.data["detach_equals_base"] is True
+    lineage = stages_of(world.runs / mode)[-1].manifest.metadata["lineage"]
+    assert isinstance(lineage, list) and lineage[-1]["review"]["new_after"] > 0
 
 
 def test_row_0_is_the_random_weights_without_a_base_and_the_base_with_one(world: World) -> None:
@@ -116,8 +131,6 @@ def test_what_cannot_be_learned_is_refused_in_one_line(world: World, domains: in
 
 
 def test_a_dry_run_says_what_every_stage_would_train(world: World) -> None:
-    from dataclasses import replace
-
     for method in get_args(MethodName):
         recipe = stream(world, f"dry-{method}", f"method={method}")
         report = run(recipe, replace(QUIET, dry_run=True))
@@ -126,3 +139,41 @@ def test_a_dry_run_says_what_every_stage_would_train(world: World) -> None:
         assert [stage["name"] for stage in stages] == (["joint"] if method == "joint" else ["digits", "capitals"])
         assert all(stage["trains"] for stage in stages)
         assert not (world.runs / f"dry-{method}").exists()
+
+
+@pytest.mark.parametrize("method", ["grow", "lora"])
+def test_a_stream_killed_inside_a_stage_and_between_two_ends_with_the_same_bits(
+    world: World, server: ForkServerContext, method: str
+) -> None:
+    often = (f"method={method}", "training.commit_every_steps=2", "evaluation.within_every_steps=3")
+    whole, out, log = world.runs / f"whole-{method}", world.runs / f"killed-{method}", world.runs / f"{method}.log"
+    run(stream(world, whole.name, *often), QUIET)
+    first = stream(world, out.name, *often)
+    path = world.runs / f"{method}.yaml"
+    mapping = {key: value for key, value in recipe_to_mapping(first).items() if key not in ("logger", "trainer")}
+    path.write_text(json.dumps(mapping))
+    begin = ["continual", "--recipe", str(path), "--device", "cpu", "--threads", "1"]
+    inside = lambda: bool(list((out / "progress" / "003").glob("step-*")))  # noqa: E731
+    between = lambda: (out / "stages" / "002-digits").exists()  # noqa: E731
+    for ripe in (between, inside):
+        words = ["continual", "--resume", str(out)] if is_run_folder(out) else begin
+        kill_when(start(server, words, log), ripe)
+    assert finish(start(server, ["continual", "--resume", str(out)], log)) == 0, log.read_text()
+    assert (
+        [stage.manifest.metadata["lineage"][-1]["sha256"] for stage in stages_of(out)[2:]]
+        == [  # type: ignore[index]
+            stage.manifest.metadata["lineage"][-1]["sha256"]  # type: ignore[index]
+            for stage in stages_of(whole)[2:]
+        ]
+    )
+    assert measurements(out) == measurements(whole)
+
+
+def stages_of(run_folder: Path) -> list[Stage]:
+    return Run.open(run_folder, read_only=True).stages()
+
+
+def measurements(run_folder: Path) -> list[tuple[object, ...]]:
+    keys = ("stage", "step", "domain", "split", "nll_nats", "model_sha256")
+    rows = Run.open(run_folder, read_only=True).read_ledger()
+    return sorted(tuple(str(row[key]) for key in keys) for row in rows)
