@@ -12,6 +12,7 @@ import kill_committer
 import kill_points
 import race_writers
 import refuse_disk
+import sweep_kills
 import torch
 from outcome import run_campaign
 
@@ -22,6 +23,7 @@ CAMPAIGNS = {
     "refuse_disk": (refuse_disk.campaign, 50),
     "race_writers": (race_writers.campaign, 50),
     "grow_kills": (grow_kills.campaign, 20),
+    "sweep_kills": (sweep_kills.campaign, 10),
 }
 
 QUICK_CASES = {
@@ -31,6 +33,7 @@ QUICK_CASES = {
     "refuse_disk": 0,
     "race_writers": 1,
     "grow_kills": 0,
+    "sweep_kills": 0,
 }
 
 
