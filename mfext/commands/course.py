@@ -14,7 +14,7 @@ from mfext import __version__
 from mfext.commands.learning import learn
 from mfext.commands.measuring import Column, Moment, measure_stage, measure_within, prepare_columns, prepare_within
 from mfext.commands.models import OpenedModel, model_tensors, open_model
-from mfext.commands.outcome import RANDOM_NAME, run_report, verb_of, write_reports
+from mfext.commands.outcome import run_report, verb_of, write_reports
 from mfext.commands.preparing import Work, find_stage
 from mfext.commands.pretrain import default_base
 from mfext.commands.proofs import prove_frozen
@@ -28,7 +28,7 @@ from mfext.report.report import Report
 from mfext.report.terminal import Console
 from mfext.store import Run, Stage, is_run_folder
 
-BASE_NAME = "base"
+RANDOM_NAME, BASE_NAME = "random", "base"
 
 
 def free_folder(stem: str) -> Path:

@@ -28,8 +28,8 @@ from mfext.report.report import Report
 from mfext.store import MODEL_TYPE, Run, Stage, read_json_object
 
 FORMAT_KEYS = ("model_type", "format_version")
-RANDOM_NAME = "random"
-"""Name of stage 0 where it is the weights that pretraining started from."""
+RANDOM_STAGE = "random"
+"""What course.py calls stage 0 where it is the weights that pretraining started from."""
 
 
 def verb_of(opened: Run) -> str:
@@ -198,7 +198,7 @@ def _changes(ledger: Ledger, matrix: TransferMatrix, domains: Sequence[str], rec
     Where row 0 is random weights the base is row 1: against random weights nothing is ever forgotten.
     """
     settings = recipe.evaluation
-    base = 1 if matrix.stage_names[0] == RANDOM_NAME and matrix.last > 0 else 0
+    base = 1 if matrix.stage_names[0] == RANDOM_STAGE and matrix.last > 0 else 0
     since = {name: matrix.learned_stage[name] for name in domains}
     pairs = [_pair(ledger, name, (base if at is None else at, matrix.last), recipe) for name, at in since.items()]
     entries = {name: _change(pair, recipe) for name, pair in zip(domains, pairs, strict=True)}
