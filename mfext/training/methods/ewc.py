@@ -84,9 +84,10 @@ class _Pull(torch.autograd.Function):
         return 0.5 * strength * torch.stack(sums).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        torch._foreach_mul_(ctx.pulls, gradient * ctx.strength)
-        return None, None, None, *ctx.pulls
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        pulls, ctx.pulls = ctx.pulls, None  # scaled in place: a second pass backward must fail, not scale again
+        torch._foreach_mul_(pulls, gradient * ctx.strength)
+        return None, None, None, *pulls
 
 
 def fisher(model: LanguageModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
