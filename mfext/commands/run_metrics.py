@@ -25,9 +25,12 @@ def run_metrics(
     ledger = Ledger.from_json(opened.read_ledger())
     values |= measure_stability(WithinCurves.from_ledger(ledger, matrix.learned_stage, WITHIN))
     details = [_details(opened, stage) for stage in range(matrix.last + 1)]
-    known = [name for name in matrix.base_domains() if matrix.last > 0]
-    values |= measure_routing(details[0], details[-1], known)
-    first = {name: matrix.first_stage_of(name) for name in matrix.domains}
+    old = matrix.old_domains()
+    before = {name: found for name in old if (found := details[matrix.stage_of(name)].get(name)) is not None}
+    values |= measure_routing(before, details[-1], old)
+    first = {
+        name: None if stage is None else matrix.first_stage_of(name) for name, stage in matrix.learned_stage.items()
+    }
     values |= measure_gates(GateMeasurements(details[-1], _gated(generations, learned, matrix), first))
     return {name: value.to_json() for name, value in _ordered(values)}
 

@@ -23,7 +23,7 @@ DEFINITIONS = {
     "wc_acc": "the same, with the newest domains' own losses in the mean",
     "stability_gap.depth": "how far a loss rose inside a later stage above where that stage started",
     "stability_gap.recovery": "share of that rise which was gone by the end of its stage",
-    "routing.drift": "Jensen–Shannon divergence (nats) of old domains' expert choices, first against last stage",
+    "routing.drift": "Jensen–Shannon divergence (nats) of old domains' expert choices, when learned against now",
     "routing.share_new": "share of old domains' tokens that reach an expert of a growth",
     "gate.false_open": "share of old domains' tokens on which a later generation's gate is above 0",
     "gate.false_close": "share of a generation's own tokens on which its gate is below 1",

@@ -94,6 +94,17 @@ def test_row_0_is_the_random_weights_without_a_base_and_the_base_with_one(world:
     )
 
 
+def test_a_bystander_is_measured_and_never_counts_as_old(world: World) -> None:
+    recipe = replace(stream(world, "watched", domains=(world.letters, world.digits)), bystanders=(str(world.capitals),))
+    report = run(recipe, QUIET)
+    assert report.data["domains"] == ["letters", "digits", "capitals"]
+    assert report.data["learned_in"] == {"letters": 1, "digits": 2, "capitals": None}
+    bystanders, metrics = report.data["bystanders"], report.data["metrics"]
+    assert isinstance(bystanders, dict) and isinstance(metrics, dict)
+    assert set(bystanders["domains"]) == {"capitals"}
+    assert set(metrics["gate.false_open"]["domains"]) == {"digits on letters"}
+
+
 def test_a_domain_may_come_again(world: World) -> None:
     again = (world.letters, world.digits, world.capitals, world.digits)
     report = run(stream(world, "again", domains=again), QUIET)
