@@ -176,6 +176,13 @@ def test_what_is_added_to_the_residual_starts_smaller_the_deeper_the_model() -> 
     assert scales["blocks.3.attention.output.weight"] == pytest.approx(added, rel=0.1)
 
 
+@pytest.mark.parametrize(("init", "std"), [("scaled", 1.0), ("published", 0.02)])
+def test_a_scaled_start_gives_a_token_the_size_of_what_is_added_to_it(init: str, std: float) -> None:
+    torch.manual_seed(0)
+    model = new_model(replace(CONFIG, init=init, d_model=64, d_attention=64, vocab_size=300))
+    assert float(model.embedding.weight.detach().std()) == pytest.approx(std, rel=0.05)
+
+
 def test_a_model_folder_gives_back_the_same_dense_model(model: LanguageModel, tmp_path: Path) -> None:
     model = model.float()
     save_model(model, tmp_path / "dense")
