@@ -134,7 +134,8 @@ def _probes(model: ModuleFormer, recipe: Recipe, kept: Texts) -> Windows:
     settings = recipe.growth.gate
     parts = []
     if settings.probe in ("self", "both"):
-        count = settings.probe_sequences if recipe.growth.mode == "gated" else WATCHED
+        many = recipe.growth.mode == "gated" or recipe.growth.review.steps > 0
+        count = settings.probe_sequences if many else WATCHED
         parts.append(self_probes(model, count, settings.probe_length, recipe.seed))
     if kept:
         parts.append(_reservoir_windows(model, recipe, kept))
