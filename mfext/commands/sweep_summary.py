@@ -77,7 +77,10 @@ def _setting(name: str, trials: Sequence[Json]) -> Setting:
 
 def _group(setting: Setting, references: Mapping[str, Setting]) -> dict[str, object]:
     first = setting.first
-    names = list(dict.fromkeys(name for run in setting.runs.values() for name in mapping(run, "learned")))
+    stage_of = learned_stages(first)
+    every = dict.fromkeys(name for run in setting.runs.values() for name in mapping(run, "learned"))
+    # By stage, then name: results that were written down and read again have lost the stream's order.
+    names = sorted(every, key=lambda name: (stage_of.get(name) or 0, name))
     learned = {name: mean_over_seeds(setting.by_seed(_loss_after(name))).to_json() for name in names}
     return {
         "name": setting.name,
@@ -98,7 +101,7 @@ def _group(setting: Setting, references: Mapping[str, Setting]) -> dict[str, obj
             },
         },
         "bystanders": _explained(mean_over_seeds(setting.by_seed(_hurt)), first, "bystanders"),
-        "learned": {name: {**each, "stage": learned_stages(first).get(name)} for name, each in learned.items()},
+        "learned": {name: {**each, "stage": stage_of.get(name)} for name, each in learned.items()},
         "learned_mean": mean_over_seeds(setting.by_seed(_mean_loss_after)).to_json(),
         "forgetting_to": {
             name: ratio_over_seeds(setting.by_seed(forgotten), other.by_seed(forgotten)).to_json()

@@ -13,6 +13,7 @@ from mfext.report.groups import (
     Group,
     as_fraction,
     groups_of,
+    ratio_headline,
     ratio_text,
     references_of,
     signed_percent,
@@ -80,7 +81,7 @@ def _cards(data: Json, groups: Sequence[Group]) -> Cards:
         cards.append(Card(f"Forgotten by {focal.name}", signed(forgotten.value, digits), BITS, half, "good"))
     for name, ratio in focal.forgetting_to.items():
         if name != focal.name and ratio.value is not None:
-            cards.append(Card(f"Against {name}", as_fraction(ratio.value), "of its forgetting", _spread(ratio)))
+            cards.append(Card(f"Against {name}", ratio_headline(ratio), "of its forgetting", _spread(ratio)))
     gaps = {domain: gap.value for domain, gap in focal.learning_to.get("full", {}).items() if gap.value is not None}
     if gaps and focal.name != "full":
         worst = max(gaps, key=lambda domain: gaps[domain])
@@ -91,7 +92,10 @@ def _cards(data: Json, groups: Sequence[Group]) -> Cards:
 
 
 def _spread(ratio: Estimate) -> str:
-    return "" if ratio.half in (None, 0) else f"95 %: {as_fraction(ratio.low)} to {as_fraction(ratio.high)}"
+    """The interval in words, where there is one that stays above 0."""
+    if ratio.low is None or ratio.low <= 0 or ratio.half == 0:
+        return ""
+    return f"95 %: {as_fraction(ratio.low)} to {as_fraction(ratio.high)}"
 
 
 def _side_by_side(data: Json, groups: Sequence[Group]) -> Table:

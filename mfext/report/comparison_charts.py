@@ -36,7 +36,7 @@ def trade_off(groups: Sequence[Group]) -> Scatter:
         missing=f"not shown, forgetting or learning is undefined: {_names(missing)}" if missing else "",
         note=(
             "Mean over seeds with 95 % intervals; the best corner is lower left. Filled dots are on the Pareto front: "
-            "no other setting both forgets less and learns better."
+            "by its means no other setting both forgets less and learns better."
         ),
     )
 

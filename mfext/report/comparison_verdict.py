@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mfext.report.groups import Group, as_fraction, signed_percent
+from mfext.report.groups import Estimate, Group, ratio_headline, signed_percent
 from mfext.report.quantities import MINUS, NONE, THIN, digits_for, number, plural
 from mfext.report.reading import Json, mapping, objects, text
 from mfext.report.verdict import Verdict
@@ -36,16 +36,17 @@ def _forgetting(groups: Sequence[Group]) -> list[str]:
     value = focal.forgetting.in_bits.value
     digits = digits_for(*(each for each in (focal.forgetting.in_bits.half,) if each)) if value else 3
     amount = focal.forgetting.in_bits.shown(min(digits, 4))
-    sentence = (
-        f"{focal.name} {'forgets' if (value or 0) >= 0 else 'even improves by'} {amount.lstrip(MINUS)} bits per byte"
-    )
+    verb = "forgets" if (value or 0) >= 0 else "even improves by"
+    sentence = f"{focal.name} {verb} {amount.lstrip(MINUS)} bits per byte"
+    if _reaches_zero(focal.forgetting):
+        sentence = f"{focal.name} forgets nothing measurable, {amount} bits per byte"
     compared = []
     for name, ratio in focal.forgetting_to.items():
         other = next((group for group in groups if group.name == name), None)
         if other is None or other is focal or other.forgetting.in_bits.value is None:
             continue
         loss = number(other.forgetting.in_bits.value, 2)
-        related = f" ({_against(ratio.value)})" if ratio.value is not None and ratio.value > 0 else ""
+        related = "" if ratio.value is None else f" ({ratio_headline(ratio)})"
         compared.append(f"{name} {loss}{related}")
     if not compared:
         others = [group for group in groups if group is not focal and group.forgetting.in_bits.value is not None]
@@ -53,8 +54,9 @@ def _forgetting(groups: Sequence[Group]) -> list[str]:
     return [", ".join([sentence, *compared])]
 
 
-def _against(ratio: float) -> str:
-    return as_fraction(ratio) if ratio <= 1 / 1.5 else f"{number(ratio, 2)} times"
+def _reaches_zero(of: Estimate) -> bool:
+    """Whether the interval leaves room for none; a value without a spread is as certain as it looks."""
+    return of.low is not None and of.high is not None and of.low < 0 < of.high
 
 
 def _learning(groups: Sequence[Group]) -> list[str]:
@@ -66,6 +68,10 @@ def _learning(groups: Sequence[Group]) -> list[str]:
         loss = focal.learned_mean.in_bits
         return [] if loss.value is None else [f"{focal.name} learns to {loss.shown(3)} bits per byte on average"]
     each = ", ".join(f"{name} {signed_percent(value)}" for name, value in gaps.items())
+    highs = [gap.high for gap in focal.learning_to["full"].values()]
+    known = [high for high in highs if high is not None]
+    if known and len(known) == len(highs):
+        each = f"{each}; the 95 % intervals reach {signed_percent(max(known))}"
     worst = max(gaps.values())
     on = "on every stage" if len(gaps) > 1 else "on its only stage"
     if worst <= 0:

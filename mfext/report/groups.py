@@ -11,6 +11,7 @@ from mfext.report.reading import Json, listed, mapping, objects, text
 from mfext.report.reading import number as number_at
 
 LN2 = math.log(2)
+ONE_SEED, NOT_TESTABLE = "1 seed", "not testable"
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,25 @@ def _ratio_words(share: float | None, as_part: bool) -> str:
     return f"{number(share, 2 if share < 9.95 else 0)}{THIN}×"
 
 
+def ratio_headline(of: Estimate) -> str:
+    """A ratio in one word, never finer than it is known: 'under 1/2533' where its interval reaches 0.
+
+    'not testable' where there are seeds enough and still no interval: the reference's own forgetting may be 0.
+    """
+    if of.value is None:
+        return NONE
+    if of.low is None or of.high is None:
+        return as_fraction(of.value) if ONE_SEED in of.reason and of.value >= 0 else NOT_TESTABLE
+    if of.low == of.high or of.low > 0:
+        return as_fraction(of.value)
+    return f"under {as_fraction(of.high)}" if of.high > 0 else "0"
+
+
 def ratio_text(of: Estimate) -> str:
-    """A ratio with its interval in one notation: '1/52 (1/110–1/30)', '3.69 × (2.25 ×–4.76 ×)'."""
+    """The same with its interval in one notation: '1/52 (1/110–1/30)', '3.69 × (2.25 ×–4.76 ×)'."""
+    if of.low is None or of.high is None or of.low == of.high or of.low <= 0:
+        return ratio_headline(of)
     as_part = is_small(of.value)
-    if of.low is None or of.high is None or of.low == of.high:
-        return _ratio_words(of.value, as_part)
     low, high = (_ratio_words(edge, as_part) for edge in (of.low, of.high))
     return f"{_ratio_words(of.value, as_part)} ({low}–{high})"
 

@@ -88,3 +88,10 @@ def test_cost_is_that_of_all_stages_that_were_trained() -> None:
     assert {name: each["stage"] for name, each in made["learned"].items()} == dict(
         zip(STREAM, range(1, 5), strict=True)
     )
+
+
+def test_domains_stand_in_the_streams_order_however_the_results_were_written() -> None:
+    data = sweep_data(("grow",))
+    for trial in data["trials"]:
+        trial["data"]["learned"] = dict(sorted(trial["data"]["learned"].items()))
+    assert list(groups(data)["grow"]["learned"]) == list(STREAM)

@@ -9,7 +9,7 @@ import pytest
 
 from mfext.commands.sweep_summary import with_groups
 from mfext.report.comparison import sweep_report
-from mfext.report.groups import Estimate, as_fraction, ratio_text
+from mfext.report.groups import Estimate, as_fraction, ratio_headline, ratio_text
 from mfext.report.html import to_html
 from mfext.report.markdown import to_markdown
 from mfext.report.report import CurvesGrid, HeatMaps, Point, Report, Scatter, Section, Spread, Table
@@ -215,3 +215,24 @@ def test_intervals_stay_inside_the_plot() -> None:
 
 def test_made_up_results_cover_every_method_of_the_comparison() -> None:
     assert len(METHODS) == 10 and set(NEVER).isdisjoint(STREAM)
+
+
+def test_a_ratio_is_never_finer_than_its_interval() -> None:
+    assert ratio_headline(Estimate(1 / 45_649, -1 / 3000, 1 / 2500)) == "under 1/2500"
+    assert ratio_headline(Estimate(-0.001, None, None, "not testable: the denominator may be 0")) == "not testable"
+    assert ratio_headline(Estimate(0.02, None, None, "not testable: 1 seed run by both")) == "1/50"
+    assert ratio_text(Estimate(0.0, 0.0, 0.0)) == "0"
+
+
+def test_forgetting_that_may_be_none_is_said_to_be_so() -> None:
+    data = sweep_data(("grow", "full"))
+    for trial, bits in zip(data["trials"], (-0.001, 0.0, 0.0012, 1.2, 1.25, 1.3), strict=True):
+        trial["data"]["forgetting"]["mean"]["difference"] = bits * LN2
+    first = report_of(data).verdict[0]
+    assert first.startswith("grow forgets nothing measurable, 0.000 ± 0.003 bits per byte, full 1.25 (under 1/")
+
+
+def test_the_verdict_on_learning_says_how_far_the_intervals_reach() -> None:
+    data = sweep_data(("grow", "full"))
+    worst = max(gap["high"] for gap in with_groups(data)["groups"][0]["learning_to"]["full"].values())  # type: ignore[index]
+    assert f"the 95 % intervals reach +{100 * worst:.1f}" in "\n".join(report_of(data).verdict)
