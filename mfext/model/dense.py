@@ -1,11 +1,12 @@
 """The dense baseline: a decoder-only transformer with softmax attention and rotary positions.
 
-    x = x + attention(norm(x))        x = x + swiglu(norm(x))
+    x = x + attention(norm(x))        x = x + feedforward(norm(x))
 
-What ModuleFormer is judged against, so everything that is known to help at no cost is in: pre-norm,
-rotary positions (arXiv 2104.09864), SwiGLU (arXiv 2002.05202), no biases, residual outputs scaled
-by 1/sqrt(2 L) at the start. Same inputs, outputs, cache and head as ModuleFormer; it routes nothing
-and cannot grow.
+What ModuleFormer is judged against, so what helped at no cost is in: pre-norm (RMSNorm), rotary
+positions (arXiv 2104.09864), no biases, a scaled start. Tried on equal parameters and 400 000 tokens
+(2026-11-25, bits per byte): GELU 2.84, SwiGLU (arXiv 2002.05202) 2.88; LayerNorm 2.89 where RMSNorm
+had 2.88; normalised queries and keys 2.95. Same inputs, outputs, cache and head as ModuleFormer; it
+routes nothing and cannot grow.
 """
 
 from __future__ import annotations
@@ -69,17 +70,16 @@ class DenseAttention(nn.Module):
 
 
 class DenseFeedForward(nn.Module):
-    """SwiGLU: silu(x G) * (x U), then back to the model's width."""
+    """Two matrices with GELU between them, as in ModuleFormer's experts."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_feedforward, bias=False)
+        self.up = nn.Linear(config.d_model, config.d_feedforward, bias=False)
         self.down = nn.Linear(config.d_feedforward, config.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Residual update of normalised activations (B, T, D)."""
-        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        update_BTD: Tensor = self.down(F.silu(gate_BTF) * up_BTF)
+        update_BTD: Tensor = self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
         return update_BTD
 
 
@@ -215,8 +215,8 @@ def attention_weights(q_BHTC: Tensor, k_BHSC: Tensor, reach: Reach) -> Tensor:
 def initialise_dense(model: DenseTransformer) -> None:
     """Draw every weight anew from torch's global generator.
 
-    `scaled`: embedding N(0, 1), so that a token is as large in the residual as what branches add to it (2.88 against 2.96
-    bits per byte with 0.02, 2026-11-25); matrices N(0, 1/sqrt(fan_in)). `published`: all N(0, 0.02), as GPT-2.
+    `scaled`: matrices N(0, 1/sqrt(fan_in)), embedding N(0, 1), so that a token is as large in the residual as what
+    branches add to it (2.88 against 2.96 bits per byte with 0.02). `published`: all N(0, 0.02), as GPT-2 (3.10).
     In both the head is N(0, 0.02), what is added to the residual is divided by sqrt(2 L), and norms start at 1.
     """
     config = model.config

@@ -171,7 +171,7 @@ def test_what_is_added_to_the_residual_starts_smaller_the_deeper_the_model() -> 
     scales = {
         name: float(weight.detach().std()) for name, weight in model.named_parameters() if name.startswith("blocks.3.")
     }
-    inner, added = scales["blocks.3.feedforward.gate_up.weight"], scales["blocks.3.feedforward.down.weight"]
+    inner, added = scales["blocks.3.feedforward.up.weight"], scales["blocks.3.feedforward.down.weight"]
     assert inner / added == pytest.approx(4, rel=0.1)
     assert scales["blocks.3.attention.output.weight"] == pytest.approx(added, rel=0.1)
 
