@@ -255,8 +255,8 @@ def _forgetting(data: Json) -> Bars | None:
         bars.append(Bar(name, of.difference, of.low, of.high, label, of.reason))
     if not bars:
         return None
-    never = "the first stage" if starts_from_random(data) else "row 0"
-    stream = f"the stage that learned the domain (never trained: from {never})"
+    untaught = "the first stage" if starts_from_random(data) else "row 0"
+    stream = f"the stage that learned the domain (never trained: from {untaught})"
     since = "the base" if len(matrix(data)) < 3 else stream
     note = f"Change from {since} with 95 % interval (paired bootstrap over documents). Right of zero is forgetting."
     halves = [(bar.high - bar.low) / 2 for bar in bars if bar.low is not None and bar.high is not None]
