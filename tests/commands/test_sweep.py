@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,7 @@ QUICK = (
 )
 AXES = ("method=full,grow", "seed=11,12")
 PATIENCE_S = 120.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,42 @@ def test_trials_may_train_on_several_processes_themselves(world: World, tmp_path
     assert (single["trainer"], two["trainer"]) == ("single", "ddp")
     # The sums are taken in another order; eight steps of AdamW carry that into the fourth digit at most.
     assert float(two["nll_per_byte.digits"]) == pytest.approx(float(single["nll_per_byte.digits"]), rel=2e-3)
+
+
+def test_every_sweep_in_the_documentation_can_be_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    mfext (\w+ -m .+)$", (ROOT / "docs" / "sweeps.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        assert main([*shlex.split(line), "--dry-run", "--json"]) == 0, capsys.readouterr().err
+        assert len(json.loads(capsys.readouterr().out)["trials"]) > 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_documented_script_for_ray_runs_every_trial_and_keeps_the_first_failure(
+    world: World, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    (script,) = re.findall(r"^```python\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "script.py").write_text(script)
+    # What the script needs of ray, at once and in this process.
+    (tmp_path / "ray.py").write_text(
+        "def init(): ...\n"
+        "def get(codes): return codes\n"
+        "def remote(**resources):\n"
+        "    def wrap(function): function.remote = function; return function\n"
+        "    return wrap\n"
+    )
+    order = order_sweep("pretrain", None, ["seed=1,2"], {"domain": str(world.letters), "out": str(tmp_path / "sweep")})
+    with Sweep.held(order.path, order.plan) as sweep:
+        sweep.record_result(sweep.trial(0), {})
+        (sweep.path / "trials" / sweep.trial(1).id).write_text("a file where the run should be")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py"), str(sweep.path)], env=environment)
+    assert done.returncode == 2
+    assert list(sweep.failures()) == [sweep.trial(1).id]
 
 
 def test_a_trial_is_known_by_its_recipe_and_not_by_its_place(tmp_path: Path) -> None:

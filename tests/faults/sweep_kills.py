@@ -1,4 +1,4 @@
-"""Kill -9 a sweep of twelve trials at random moments; run again, it must end with each result once and the same table."""
+"""Kill -9 a sweep of twelve trials at random moments; run again, it must end with each result once, the same table."""
 
 from __future__ import annotations
 
