@@ -81,7 +81,8 @@ def table_rows(data: Json) -> Rows:
     """
     axes, trials = mapping(data, "axes"), objects(data, "trials")
     columns = _domains(trials)
-    learned = list(dict.fromkeys(name for trial in trials for name in mapping(trial, "data", "learned")))
+    # In the order of the columns: a result read back from its file has its keys sorted.
+    learned = [name for name in columns if any(name in mapping(trial, "data", "learned") for trial in trials)]
     sizes = ("total", "trainable", "active_per_token", "added")
     header = [
         *("trial", "state", *axes),
