@@ -121,7 +121,7 @@ def campaign(folder: Path, cases: int) -> dict[str, object]:
         place = Place(folder / f"sweep-{sweeps}")
         place.prepare(whole)
         kills = min(KILLS_OF_ONE_SWEEP, cases - len(struck))
-        counts, wrong = disturb(place, [chance.uniform(0.01, 0.35) * duration_s for _ in range(kills)])
+        counts, wrong = disturb(place, [chance.uniform(0.01, 0.2) * duration_s for _ in range(kills)])
         struck += counts
         if wrong is None and place.outcome() != expected:
             wrong = "other results than the undisturbed sweep"
