@@ -4,7 +4,7 @@ PIP_ARGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint format types pytest bench faults clean
+.PHONY: help demo test check lint format types pytest bench efficiency faults clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo 'make test    install if needed, then the whole gate: lint, format, types, tests'
 	@echo 'make check   the gate without the slow tests      make format  rewrite files in the house format'
 	@echo 'make bench   measured speed against the targets   make faults  the long fault campaigns'
+	@echo 'make efficiency  ModuleFormer against dense models on ../shared/corpora (twenty minutes)'
 	@echo 'make clean   remove .venv and caches              PYTHON=...   python 3.11, 3.12 or 3.13'
 
 demo: $(VENV)/.installed
@@ -38,6 +39,9 @@ format: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python kernels/bench/bench.py
+
+efficiency: $(VENV)/.installed-test
+	$(BIN)/python kernels/bench/efficiency.py
 
 faults: $(VENV)/.installed-test
 	$(BIN)/python tests/faults/campaign.py

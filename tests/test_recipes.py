@@ -27,13 +27,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def verb_of(name: str) -> str:
-    return "pretrain" if name.startswith("pretrain") else "grow"
+    if name.startswith("stream"):
+        return "continual"
+    return "pretrain" if name.startswith(("pretrain", "efficiency")) else "grow"
 
 
 def load_anywhere(name: str, *overrides: str) -> Recipe:
     """Load a recipe whose corpora may be absent here, by naming an embedded domain in their place."""
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
     embedded = {"domain": "code", "bystanders": [], "default_base.domains": ["prose"]} if "../" in text else {}
+    if verb_of(name) != "grow":  # Its domain, or the first of its stream, is the base's.
+        embedded.pop("default_base.domains", None)
+    if embedded and verb_of(name) == "continual":
+        embedded["domains"] = ["prose", "code"]
     return load_recipe(verb_of(name), name, list(overrides), embedded)
 
 

@@ -54,7 +54,7 @@ class Level:
 def reach(curve: Curve, loss: float) -> Reached:
     """Where `curve` first falls to `loss`; None with a reason where it is below from the start, or never."""
     if curve.loss[0] < loss:
-        return Reached(None, None, f"below this loss at its first measurement ({curve.loss[0]:.4f})")
+        return Reached(None, None, f"below this loss at its first measurement ({curve.loss[0]:.4f} nats per byte)")
     if curve.loss[0] == loss:
         return Reached(curve.tokens[0], curve.cpu_s[0])
     for before in range(len(curve.loss) - 1):
@@ -62,7 +62,7 @@ def reach(curve: Curve, loss: float) -> Reached:
         if low <= loss:
             share = (high - loss) / (high - low)
             return Reached(_between(curve.tokens, before, share), _between(curve.cpu_s, before, share))
-    return Reached(None, None, f"never reached this loss (lowest: {min(curve.loss):.4f})")
+    return Reached(None, None, f"never reached this loss (lowest: {min(curve.loss):.4f} nats per byte)")
 
 
 def common_levels(curves: Sequence[Curve], count: int) -> tuple[float, ...]:
@@ -99,7 +99,7 @@ def cost_at_loss(points: Sequence[tuple[float, float]], loss: float) -> tuple[fl
     ordered = sorted(points)
     if len(ordered) < 2 or not ordered[0][0] <= loss <= ordered[-1][0]:
         span = f"{ordered[0][0]:.4f} to {ordered[-1][0]:.4f}" if ordered else "no points"
-        return None, f"{loss:.4f} lies outside the losses measured ({span})"
+        return None, f"{loss:.4f} nats per byte lies outside the losses measured ({span})"
     for (low, low_cost), (high, high_cost) in pairwise(ordered):
         if low <= loss <= high:
             share = (loss - low) / (high - low) if high > low else 0.0
