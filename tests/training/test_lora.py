@@ -30,7 +30,7 @@ from tests.training.tiny_training import (
 )
 
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parents[1] / "golden" / "peft_linear" / "numbers.json"
+GOLDEN = Path(__file__).parent / "peft_linear" / "numbers.json"
 SMALL = LoraConfig(rank=2, alpha=6.0)
 ALL = replace(SMALL, routers=True, embedding_and_head=True)
 EPS = torch.finfo(torch.float32).eps

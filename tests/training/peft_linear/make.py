@@ -1,6 +1,6 @@
 """Writes numbers.json: what peft makes of one nn.Linear with given factors.
 
-    pip install peft && python tests/golden/peft_linear/make.py
+    pip install peft && python tests/training/peft_linear/make.py
 
 The numbers are kept instead of the package: peft brings transformers, accelerate and nine more packages, which other
 libraries here then import when they find them, for the sake of one matrix product.
