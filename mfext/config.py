@@ -106,7 +106,7 @@ class ModelConfig:
     """Shape of a ModuleFormer (arXiv 2306.04640) and of the generations grown on it.
 
     `architecture` dense is a softmax transformer without experts, to judge it by: every count of experts is 1,
-    `d_attention` and `d_feedforward` are the widths of its one attention and one feed-forward layer, and it cannot grow.
+    `d_attention` and `d_feedforward` are the widths of its one attention and feed-forward layer, and it cannot grow.
     """
 
     architecture: Architecture = "moduleformer"

@@ -18,8 +18,14 @@ from mfext.requests import InspectRequest
 from mfext.store import Run
 from tests.commands.tiny_world import QUIET, TINY, World
 
-DENSE = ("model=dense_demo_active", "default_base.model.d_model=32", "default_base.model.d_attention=32",
-         "default_base.model.d_feedforward=32", "default_base.model.num_layers=2", "training.learning_rate=1e-2")  # fmt: skip
+DENSE = (
+    "model=dense_demo_active",
+    "default_base.model.d_model=32",
+    "default_base.model.d_attention=32",
+    "default_base.model.d_feedforward=32",
+    "default_base.model.num_layers=2",
+    "training.learning_rate=1e-2",
+)
 STEPS = 40  # 20480 tokens of tiny_world in batches of 8 x 64
 
 

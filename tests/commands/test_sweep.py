@@ -49,7 +49,7 @@ QUICK = (
     "evaluation.bootstrap_samples=50",
 )
 AXES = ("method=full,grow", "seed=11,12")
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
