@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mfext.commands.continual import run as continual
     from mfext.commands.evaluate import run as evaluate
     from mfext.commands.grow import run as grow
     from mfext.commands.models import load_model as load
@@ -31,6 +32,7 @@ _HOMES = {
     "ModuleFormer": ("mfext.model.moduleformer", "ModuleFormer"),
     "Recipe": ("mfext.config", "Recipe"),
     "TrainingConfig": ("mfext.config", "TrainingConfig"),
+    "continual": ("mfext.commands.continual", "run"),
     "evaluate": ("mfext.commands.evaluate", "run"),
     "grow": ("mfext.commands.grow", "run"),
     "load": ("mfext.commands.models", "load_model"),
@@ -49,6 +51,7 @@ __all__ = [
     "Recipe",
     "TrainingConfig",
     "__version__",
+    "continual",
     "evaluate",
     "grow",
     "load",
