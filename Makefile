@@ -12,7 +12,7 @@ help:
 	@echo 'make test    install if needed, then the whole gate: lint, format, types, tests'
 	@echo 'make check   the gate without the slow tests      make format  rewrite files in the house format'
 	@echo 'make bench   measured speed against the targets   make faults  the long fault campaigns'
-	@echo 'make efficiency  ModuleFormer against dense models on ../shared/corpora (twenty minutes)'
+	@echo 'make efficiency  ModuleFormer against dense models on ../shared/corpora (seven minutes)'
 	@echo 'make clean   remove .venv and caches              PYTHON=...   python 3.11, 3.12 or 3.13'
 
 demo: $(VENV)/.installed

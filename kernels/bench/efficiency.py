@@ -1,4 +1,4 @@
-"""ModuleFormer against dense transformers at equal validation loss: `make efficiency` (twenty minutes, one thread).
+"""ModuleFormer against dense transformers at equal validation loss: `make efficiency` (seven minutes, one thread).
 
 Pretrains each contestant on the same tokens by the recipe `efficiency` (a finished run is reused, an interrupted one
 continued), times training steps, evaluation and cached decoding of all of them in turns in this process, and writes
@@ -177,7 +177,8 @@ def results(contestants: Sequence[Contestant], speeds: Mapping[str, Mapping[str,
         Curve(each.name, each.tokens, tuple(tokens / speeds[each.name]["train"] for tokens in each.tokens), each.losses)
         for each in contestants
     ]
-    levels = compare_efficiency(curves, REFERENCE, common_levels(curves, LEVELS))
+    ends = {min(curve.loss) for curve in curves}
+    levels = compare_efficiency(curves, REFERENCE, sorted({*common_levels(curves, LEVELS), *ends}, reverse=True))
     models = {}
     for each in contestants:
         counts = count_parameters(each.model.config)

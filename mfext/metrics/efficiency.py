@@ -66,11 +66,11 @@ def reach(curve: Curve, loss: float) -> Reached:
 
 
 def common_levels(curves: Sequence[Curve], count: int) -> tuple[float, ...]:
-    """`count` losses, evenly spaced from where every curve has begun down to the lowest any curve reached, in falling
-    order; the first itself is left out. Empty where some curve begins below all the others' ends.
+    """`count` losses that every curve reached, in falling order: evenly spaced from where all have begun (left out)
+    down to the lowest they share. Empty where one curve begins below where another ends.
     """
     assert count >= 1, "at least one level"
-    top, bottom = min(curve.loss[0] for curve in curves), min(min(curve.loss) for curve in curves)
+    top, bottom = min(curve.loss[0] for curve in curves), max(min(curve.loss) for curve in curves)
     if top <= bottom:
         return ()
     # The last is the bottom itself, not a sum that rounds to just below it.

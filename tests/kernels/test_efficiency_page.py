@@ -50,13 +50,13 @@ def test_the_verdict_says_who_wins_and_who_loses(time_ratio: float, said: str) -
     assert said in page
     assert f"1.25 times the tokens and {time_ratio:.2f} times the CPU time" in page
     assert "5.00 (evaluation forward), 0.50 (cached decoding" in page
-    assert "1.75 times the time of `ours`" in page
+    assert "its time a token over that of `ours`: 1.75 (evaluation forward)." in page
     assert "no dense model is as good" in page
 
 
 def test_a_level_never_reached_is_said_and_not_counted() -> None:
     page = to_markdown(data(None))
-    assert "never reached this loss (lowest: 1.5000 nats per byte)" in page
+    assert "`other` never reached 2.885 bits per byte: its lowest is 2.164." in page
     assert "| 2.885 | 2 k tokens (1.00), 20.0 s (1.00) | never |" in page
     assert "wins" not in page
     assert "loses" not in page
