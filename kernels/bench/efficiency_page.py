@@ -17,7 +17,9 @@ KINDS = {
 LIMITS = (
     "One seed: small differences between models are not testable from this page. The models are small, the text is one "
     "domain, and training stops long before any of them has learned what it could. Learning rates were chosen at half "
-    "the tokens. Cached decoding compares what is built: ModuleFormer has a compiled step, the dense models have none; "
+    "the tokens. Every run has one schedule over all its tokens: a level that one model reaches at its end and another "
+    "half-way is dearer for the second than in a run planned to stop there. "
+    "Cached decoding compares what is built: ModuleFormer has a compiled step, the dense models have none; "
     "the line through torch compares the architectures."
 )
 Json = Mapping[str, Any]
