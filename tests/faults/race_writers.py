@@ -18,13 +18,13 @@ from mfext.store import Run, commit_folder, load_model_folder, save_model, verif
 def create_run(place: Path, number: int) -> None:
     """Create and hold the run long enough for the other to try."""
     with Run.create(place / "run", {"process": number}, {}):
-        time.sleep(0.05)
+        time.sleep(0.5)
 
 
 def open_run(place: Path, number: int) -> None:
     """Open and hold a run that exists."""
     with Run.open(place / "run"):
-        time.sleep(0.05)
+        time.sleep(0.5)
 
 
 def commit_same(place: Path, number: int) -> None:
