@@ -19,6 +19,7 @@ from mfext.config import Recipe
 from mfext.errors import FailedTrial, InputError, InterruptedRun
 from mfext.recipe import config_hash, expand_sweep, load_recipe, parse_overrides, recipe_to_mapping
 from mfext.report.quantities import plural
+from mfext.report.reading import objects, text
 from mfext.report.report import Report, Table
 from mfext.report.terminal import Console
 from mfext.requests import Invocation
@@ -101,7 +102,7 @@ def planned(order: SweepOrder) -> Report:
         before = Sweep.read(order.path)
         sweep = Sweep(before.path, before.plan.joined(order.plan))
     data = sweep_data(sweep, sweep.results())
-    states = [str(trial["state"]) for trial in data["trials"]]  # type: ignore[attr-defined]
+    states = [text(trial, "state") for trial in objects(data, "trials")]
     rows = tuple((describe(sweep, trial), state) for trial, state in zip(sweep.plan.trials, states, strict=True))
     columns = ("trial", "state")
     verdict = f"would run {plural(len(states) - states.count('done'), 'trial')} in {sweep.path}; nothing was written"
