@@ -36,7 +36,7 @@ from mfext.training.methods.independent import Independent
 from mfext.training.methods.joint import Joint
 from mfext.training.methods.lora import Lora, add_adapters
 from mfext.training.methods.lwf import Lwf
-from mfext.training.methods.method import Method
+from mfext.training.methods.method import Method, starts_from_base
 from mfext.training.methods.replay import Replay
 
 
@@ -59,7 +59,7 @@ class Work:
     @property
     def origin(self) -> Stage:
         """The stage this one starts from: the one before, or the base where the method never goes on."""
-        from_base = self.recipe.method in ("independent", "joint")
+        from_base = starts_from_base(self.recipe.method)
         return self.stage(self.scene.start if from_base else self.lesson.stage - 1)
 
 

@@ -119,7 +119,8 @@ def _points(data: Json, domain: str, inside: bool) -> tuple[tuple[float, float],
     if domain not in domains(data):
         return ()
     column = domains(data).index(domain)
-    return tuple((float(i), row[column] / LN2) for i, row in enumerate(matrix(data)) if row[column] is not None)  # type: ignore[operator]
+    losses = [(float(stage), row[column]) for stage, row in enumerate(matrix(data))]
+    return tuple((stage, loss / LN2) for stage, loss in losses if loss is not None)
 
 
 def loss_maps(groups: Sequence[Group]) -> HeatMaps:

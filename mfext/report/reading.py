@@ -25,8 +25,9 @@ def number(data: Json, *keys: str) -> float | None:
 
 def as_number(value: object) -> float | None:
     """A finite number, or None."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain and math.isfinite(value) else None  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def text(data: Json, *keys: str) -> str:

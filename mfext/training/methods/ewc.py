@@ -34,7 +34,7 @@ class Ewc:
     importance: Mapping[str, Tensor]
     strength: float
     name: str = "ewc"
-    starts_from: Literal["previous", "base"] = "previous"
+    starts_from: ClassVar[Literal["previous", "base"]] = "previous"
     _placed: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     def trainable(self, model: nn.Module) -> set[str]:

@@ -23,7 +23,7 @@ class Expand:
     trains: ClassVar[str] = "the layers just inserted, whole: norms, routers, keys, values and experts"
     new_blocks: tuple[int, ...]
     name: str = "expand"
-    starts_from: Literal["previous", "base"] = "previous"
+    starts_from: ClassVar[Literal["previous", "base"]] = "previous"
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where there is no such layer."""

@@ -17,7 +17,7 @@ class Frozen:
 
     trains: ClassVar[str] = "nothing: the base as it is"
     name: str = "frozen"
-    starts_from: Literal["previous", "base"] = "previous"
+    starts_from: ClassVar[Literal["previous", "base"]] = "previous"
 
     def trainable(self, model: nn.Module) -> set[str]:
         return set()

@@ -24,7 +24,7 @@ class Grow:
         "the newest generation: experts, routers, changes to embedding and head; its gate and all older are frozen"
     )
     name: str = "grow"
-    starts_from: Literal["previous", "base"] = "previous"
+    starts_from: ClassVar[Literal["previous", "base"]] = "previous"
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where the model has no generation yet."""

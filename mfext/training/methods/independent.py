@@ -14,4 +14,4 @@ class Independent(Full):
 
     trains: ClassVar[str] = "every parameter of a fresh copy of the base, one model per domain"
     name: str = "independent"
-    starts_from: Literal["previous", "base"] = "base"
+    starts_from: ClassVar[Literal["previous", "base"]] = "base"

@@ -14,4 +14,4 @@ class Joint(Full):
 
     trains: ClassVar[str] = "every parameter, from the base, on the text of all domains at once"
     name: str = "joint"
-    starts_from: Literal["previous", "base"] = "base"
+    starts_from: ClassVar[Literal["previous", "base"]] = "base"

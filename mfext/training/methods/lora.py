@@ -34,7 +34,7 @@ class Lora:
 
     trains: ClassVar[str] = "low-rank adapters of attention and feed-forward experts, merged when the stage ends"
     name: str = "lora"
-    starts_from: Literal["previous", "base"] = "previous"
+    starts_from: ClassVar[Literal["previous", "base"]] = "previous"
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where the model has no adapter."""

@@ -36,7 +36,7 @@ class Lwf:
     strength: float
     temperature: float
     name: str = "lwf"
-    starts_from: Literal["previous", "base"] = "previous"
+    starts_from: ClassVar[Literal["previous", "base"]] = "previous"
 
     def __post_init__(self) -> None:
         copy = deepcopy(self.teacher).eval().requires_grad_(False)

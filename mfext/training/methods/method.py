@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -48,23 +48,35 @@ class Method(Protocol):
         """One line for reports: what trains."""
 
 
-_DECLARED: dict[MethodName, str] = {
-    "grow": Grow.trains,
-    "full": Full.trains,
-    "replay": Replay.trains,
-    "ewc": Ewc.trains,
-    "lwf": Lwf.trains,
-    "lora": Lora.trains,
-    "expand": Expand.trains,
-    "frozen": Frozen.trains,
-    "joint": Joint.trains,
-    "independent": Independent.trains,
+class Declared(Protocol):
+    """What a method's class says of every instance."""
+
+    trains: ClassVar[str]
+    starts_from: ClassVar[Literal["previous", "base"]]
+
+
+_METHODS: dict[MethodName, type[Declared]] = {
+    "grow": Grow,
+    "full": Full,
+    "replay": Replay,
+    "ewc": Ewc,
+    "lwf": Lwf,
+    "lora": Lora,
+    "expand": Expand,
+    "frozen": Frozen,
+    "joint": Joint,
+    "independent": Independent,
 }
 
 
 def declared(name: MethodName) -> str:
     """What the method trains, in one line, without a model: for plans."""
-    return _DECLARED[name]
+    return _METHODS[name].trains
+
+
+def starts_from_base(name: MethodName) -> bool:
+    """Whether every stage of the method starts from the base, without a model."""
+    return _METHODS[name].starts_from == "base"
 
 
 def method_named(name: MethodName) -> Method:
