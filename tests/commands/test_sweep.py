@@ -84,10 +84,13 @@ def run(line: list[str], folder: Path | None = None) -> Ended:
     return end(begin(line, folder))
 
 
-def wait_until(ripe: Callable[[], bool]) -> None:
+def wait_until(ripe: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for a moment in the life of a process, or for its end where the moment was too short to be seen."""
     deadline = time.monotonic() + PATIENCE_S
-    while not ripe():
-        assert time.monotonic() < deadline, "it did not happen in time"
+    while not ripe() and process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"it did not happen in time: {end(process)}")
         time.sleep(0.01)
 
 
@@ -167,13 +170,15 @@ def test_a_sweep_killed_and_stopped_and_run_again_has_the_table_of_one_that_neve
     out = world.runs / "killed"
     line = words(world, out, "method=full,grow", "seed=11", "--jobs", "2")
     process = begin(line)
-    wait_until(lambda: len(list(out.glob("trials/*/progress/001/step-*"))) > 0)
+    # From the first committed step on, or, where that was too short to be seen, from the first committed stage.
+    wait_until(lambda: any(out.glob("trials/*/progress/001/step-*")) or any(out.glob("trials/*/stages/001")), process)
+    assert process.poll() is None, end(process)
     children = psutil.Process(process.pid).children()
     process.kill()
     end(process)
     assert psutil.wait_procs(children, timeout=PATIENCE_S)[1] == []
     process = begin(line)
-    wait_until(lambda: (out / "results.jsonl").exists())
+    wait_until((out / "results.jsonl").exists, process)
     process.send_signal(signal.SIGTERM)
     stopped = end(process)
     last = stopped.err.splitlines()[-1]
