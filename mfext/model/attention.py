@@ -13,6 +13,7 @@ from mfext.model.decoding_step import SiteWeights, join
 from mfext.model.experts import AttentionExperts, mix_outputs, project_queries
 from mfext.model.forward_pass import Pass, SiteOutput, competing_layers, route_jointly
 from mfext.model.generation import OpenTokens
+from mfext.model.observing import observe_attention, observe_null
 from mfext.model.positions import Positions
 from mfext.model.router import Chosen, Router, RouterRows, Routing, Site, route, without_null
 from mfext_kernels.grouped_linear.one_token import Matrices
@@ -45,12 +46,12 @@ class ExpertAttention(nn.Module):
         q_BTKHC = self._heads(project_queries(x_ND, stacks, routing), batch)
         o_MKA = self._attend(q_BTKHC, k_BSHC, v_BSHC, shared.positions)
         y_ND = mix_outputs(o_MKA, stacks, routing)
-        routings = [routing]
+        routings = [observe_attention(routing, o_MKA, stacks, shared)]
         for opened in shared.open_generations:
             grown = opened.layer(self.site.layer)
             if isinstance(grown.attention, AttentionExperts):
                 add = self._add_gated if opened.generation.config.mode == "gated" else self._add_side
-                y_ND, grown_routing = add(y_ND, x_ND, (k_BSHC, v_BSHC), opened, shared.positions)
+                y_ND, grown_routing = add(y_ND, x_ND, (k_BSHC, v_BSHC), opened, shared)
                 routings.append(grown_routing)
         weights = (
             stickbreaking_weights(q_BTKHC, k_BSHC, shared.positions.starts_BT) if shared.return_attentions else None
@@ -96,7 +97,7 @@ class ExpertAttention(nn.Module):
         return o_BTKHC.reshape(-1, q_BTKHC.shape[2], self.config.d_attention)
 
     def _add_gated(
-        self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, positions: Positions
+        self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, shared: Pass
     ) -> tuple[Tensor, Routing]:
         """Add an open generation's attention experts; closed tokens keep their bits."""
         grown, config = opened.layer(self.site.layer), opened.generation.config
@@ -107,7 +108,7 @@ class ExpertAttention(nn.Module):
         )
         q_MKA = project_queries(x_MD, [grown.attention], routing)
         k_BSHC, v_BSHC = keys_values
-        starts_BT = positions.starts_BT
+        starts_BT = shared.positions.starts_BT
         batch = k_BSHC.shape[0]
         if opened.rows_b is not None and opened.tokens_in_rows_M is not None:
             batch = opened.rows_b.shape[0]
@@ -116,13 +117,14 @@ class ExpertAttention(nn.Module):
             length = y_ND.shape[0] // keys_values[0].shape[0]
             spread = q_MKA.new_zeros(batch * length, *q_MKA.shape[1:])
             q_MKA = spread.index_copy(0, opened.tokens_in_rows_M, q_MKA)
-        o_MKA = self._attend(self._heads(q_MKA, batch), k_BSHC, v_BSHC, Positions(positions.offset, starts_BT))
+        o_MKA = self._attend(self._heads(q_MKA, batch), k_BSHC, v_BSHC, Positions(shared.positions.offset, starts_BT))
         if opened.tokens_in_rows_M is not None:
             o_MKA = o_MKA.index_select(0, opened.tokens_in_rows_M)
-        return opened.add(y_ND, mix_outputs(o_MKA, [grown.attention], routing)), routing
+        change_MD = mix_outputs(o_MKA, [grown.attention], routing)
+        return opened.add(y_ND, change_MD), observe_attention(routing, o_MKA, [grown.attention], shared)
 
     def _add_side(
-        self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, positions: Positions
+        self, y_ND: Tensor, x_ND: Tensor, keys_values: tuple[Tensor, Tensor], opened: OpenTokens, shared: Pass
     ) -> tuple[Tensor, Routing]:
         """Add a side generation's attention experts where a token's choice is not the null one."""
         grown, config = opened.layer(self.site.layer), opened.generation.config
@@ -131,11 +133,12 @@ class ExpertAttention(nn.Module):
         routing = route(logits_NE, config.attention_experts_per_token, self.site, opened.number, has_null=True)
         chosen = without_null(routing)
         if not chosen.num_slots:
-            return y_ND, routing
+            return y_ND, observe_null(routing, chosen.routing, shared)
         q_R1A = project_queries(x_ND.index_select(0, chosen.rows_R), [grown.attention], chosen.routing)
-        o_RA = self._attend_chosen(q_R1A.squeeze(1), chosen, keys_values, positions)
-        change_RD = mix_outputs(o_RA.unsqueeze(1), [grown.attention], chosen.routing)
-        return y_ND.index_add(0, chosen.rows_R, change_RD.to(y_ND.dtype)), routing
+        o_R1A = self._attend_chosen(q_R1A.squeeze(1), chosen, keys_values, shared.positions).unsqueeze(1)
+        change_RD = mix_outputs(o_R1A, [grown.attention], chosen.routing)
+        own = observe_attention(chosen.routing, o_R1A, [grown.attention], shared)
+        return y_ND.index_add(0, chosen.rows_R, change_RD.to(y_ND.dtype)), observe_null(routing, own, shared)
 
     def _attend_chosen(
         self, q_RA: Tensor, chosen: Chosen, keys_values: tuple[Tensor, Tensor], positions: Positions

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mfext.model.router import Routing
 from mfext_kernels.grouped_linear import (
@@ -17,6 +18,7 @@ from mfext_kernels.grouped_linear import (
     sort_rows,
 )
 from mfext_kernels.grouped_linear.one_token import Matrices
+from mfext_kernels.routing import Dispatch
 
 
 class AttentionExperts(nn.Module):
@@ -61,6 +63,27 @@ def mix_feedforward(x_MD: Tensor, stacks: Sequence[FeedForwardExperts], routing:
         hidden_KF = one_token.gather_linear(x_MD, Matrices.of(*up), routing.experts_MK.tolist()[0])
         return _leave(one_token.activate(hidden_KF), down, routing)
     return expert_feedforward(x_MD, up, down, routing.gates_MK, routing.dispatch)
+
+
+def attention_norms(o_MKA: Tensor, stacks: Sequence[AttentionExperts], routing: Routing) -> Tensor:
+    """L2 norms (M, K) of what every chosen expert's output projection makes of its attended values, before the gate."""
+    return _norms(sort_rows(o_MKA, routing.dispatch), [stack.output for stack in stacks], routing.dispatch)
+
+
+def feedforward_norms(x_MD: Tensor, stacks: Sequence[FeedForwardExperts], routing: Routing) -> Tensor:
+    """L2 norms (M, K) of down_e(gelu(up_e(x))) of every chosen expert e, before the gate."""
+    hidden_RF = F.gelu(gather_linear(x_MD, [stack.up for stack in stacks], routing.dispatch), approximate="tanh")
+    return _norms(hidden_RF, [stack.down for stack in stacks], routing.dispatch)
+
+
+def _norms(rows_RF: Tensor, stacks: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
+    """Norms (M, K), at least fp32, of sorted rows times their expert's last matrix."""
+    sorted_R = torch.arange(rows_RF.shape[0], device=rows_RF.device)
+    in_order = Dispatch(sorted_R, sorted_R, dispatch.sizes, sorted_R, len(sorted_R), 1, dispatch.num_experts)
+    out_RD = gather_linear(rows_RF, stacks, in_order)
+    dtype = torch.promote_types(out_RD.dtype, torch.float32)
+    norms_R1 = torch.linalg.vector_norm(out_RD, dim=-1, keepdim=True, dtype=dtype)
+    return order_rows(norms_R1, dispatch).squeeze(-1)
 
 
 def _leave(rows_KF: Tensor, stacks: Sequence[Tensor], routing: Routing) -> Tensor:

@@ -9,6 +9,7 @@ from mfext.model.decoding_step import SiteWeights, join
 from mfext.model.experts import FeedForwardExperts, mix_feedforward
 from mfext.model.forward_pass import Pass, SiteOutput, competing_layers, route_jointly
 from mfext.model.generation import OpenTokens
+from mfext.model.observing import observe_feedforward, observe_null
 from mfext.model.router import Router, RouterRows, Routing, Site, route, without_null
 from mfext_kernels.grouped_linear.one_token import Matrices
 
@@ -31,15 +32,16 @@ class ExpertFeedForward(nn.Module):
         grown_stacks = [each.feedforward for each in competing if isinstance(each.feedforward, FeedForwardExperts)]
         chosen = self.config.feedforward_experts_per_token
         routing = route_jointly(self.router(x_ND, rows), rows, chosen, self.site, shared)
-        y_ND = mix_feedforward(x_ND, [self.experts, *grown_stacks], routing)
-        routings = [routing]
+        stacks = [self.experts, *grown_stacks]
+        y_ND = mix_feedforward(x_ND, stacks, routing)
+        routings = [observe_feedforward(routing, x_ND, stacks, shared)]
         for opened in shared.open_generations:
             if opened.layer(self.site.layer).feedforward is not None:
-                y_ND, grown_routing = self._add_generation(y_ND, x_ND, opened)
+                y_ND, grown_routing = self._add_generation(y_ND, x_ND, opened, shared)
                 routings.append(grown_routing)
         return SiteOutput(y_ND.view_as(x_BTD), tuple(routings))
 
-    def _add_generation(self, y_ND: Tensor, x_ND: Tensor, opened: OpenTokens) -> tuple[Tensor, Routing]:
+    def _add_generation(self, y_ND: Tensor, x_ND: Tensor, opened: OpenTokens, shared: Pass) -> tuple[Tensor, Routing]:
         """Add a generation's experts: of a gated one on its open tokens, of a side one where the choice is not null."""
         grown, config = opened.layer(self.site.layer), opened.generation.config
         assert isinstance(grown.feedforward_router, Router) and grown.feedforward is not None
@@ -48,13 +50,16 @@ class ExpertFeedForward(nn.Module):
         logits_ME = grown.feedforward_router(x_MD)
         if config.mode == "gated":
             routing = route(logits_ME, num_chosen, self.site, opened.number, opened.tokens_M)
-            return opened.add(y_ND, mix_feedforward(x_MD, stacks, routing)), routing
+            change_MD = mix_feedforward(x_MD, stacks, routing)
+            return opened.add(y_ND, change_MD), observe_feedforward(routing, x_MD, stacks, shared)
         routing = route(logits_ME, num_chosen, self.site, opened.number, has_null=True)
         chosen = without_null(routing)
         if not chosen.num_slots:
-            return y_ND, routing
-        change_RD = mix_feedforward(x_ND.index_select(0, chosen.rows_R), stacks, chosen.routing)
-        return y_ND.index_add(0, chosen.rows_R, change_RD.to(y_ND.dtype)), routing
+            return y_ND, observe_null(routing, chosen.routing, shared)
+        x_RD = x_ND.index_select(0, chosen.rows_R)
+        change_RD = mix_feedforward(x_RD, stacks, chosen.routing)
+        own = observe_feedforward(chosen.routing, x_RD, stacks, shared)
+        return y_ND.index_add(0, chosen.rows_R, change_RD.to(y_ND.dtype)), observe_null(routing, own, shared)
 
     def weights(self, norm: nn.LayerNorm) -> SiteWeights:
         """What a decoding step of one sequence reads."""

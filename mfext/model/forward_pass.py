@@ -18,7 +18,7 @@ class Pass:
     """What every layer of one forward shares: positions, generations, cache, what to return.
 
     `open_generations` have routers of their own: the gated ones open on some token, and those of mode side.
-    `competing` route in the base's softmax.
+    `competing` route in the base's softmax. `observed`: routings carry the norms of the experts' outputs.
     """
 
     positions: Positions
@@ -26,6 +26,7 @@ class Pass:
     competing: tuple[Generation, ...]
     cache: Cache | None
     return_attentions: bool
+    observed: bool = False
 
 
 @dataclass(frozen=True)

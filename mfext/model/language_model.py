@@ -35,11 +35,15 @@ class ModelOutput:
 
 
 class LanguageModel(nn.Module, ABC):
-    """A causal language model over token ids, with one embedding and an untied head."""
+    """A causal language model over token ids, with one embedding and an untied head.
+
+    `observed` is set inside `observing(model)` alone: routings then say how large the experts' outputs were.
+    """
 
     config: ModelConfig
     embedding: nn.Embedding
     gradient_checkpointing: bool
+    observed: bool = False
 
     @abstractmethod
     def forward(

@@ -108,7 +108,7 @@ class ModuleFormer(LanguageModel):
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
         if (
             cache is not None
-            and not (return_hidden or return_attentions)
+            and not (return_hidden or return_attentions or self.observed)
             and self._decodes(input_ids, positions, cache)
         ):
             return self._decode(input_ids, cache)
@@ -117,7 +117,7 @@ class ModuleFormer(LanguageModel):
         competing = tuple(
             self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.joins_softmax
         )
-        shared = Pass(positions, opened, competing, cache, return_attentions)
+        shared = Pass(positions, opened, competing, cache, return_attentions, self.observed)
         x_BTD = self._embed(input_ids, opened)
         routings: list[Routing] = []
         hidden, attentions = [x_BTD], []

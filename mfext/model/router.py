@@ -41,7 +41,8 @@ class Routing:
     generation otherwise. `tokens_M` holds the flat indices (b*T + t) of the tokens decided for;
     None means all N. Log-probabilities and logits are over all E experts of this softmax, before
     top-k. With `has_null` their last column is the null choice, in `experts_MK` the number E:
-    no expert, nothing computed, nothing added.
+    no expert, nothing computed, nothing added. `output_norms_MK`, in an observed pass (see
+    observing.py) only: the L2 norm of every chosen expert's output before its gate.
     """
 
     site: Site
@@ -52,6 +53,7 @@ class Routing:
     logits_ME: Tensor
     tokens_M: Tensor | None = None
     has_null: bool = False
+    output_norms_MK: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
