@@ -17,7 +17,7 @@ from typing import Literal
 
 from mfext.config_checks import require, require_at_least, require_choices
 from mfext.config_machine import LoggerConfig, TrainerConfig
-from mfext.config_methods import EwcConfig, ExpandConfig, LoraConfig, LwfConfig, ReplayConfig
+from mfext.config_methods import ConcentrateConfig, EwcConfig, ExpandConfig, LoraConfig, LwfConfig, ReplayConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -29,7 +29,9 @@ GrowthMode = Literal["gated", "side", "compete", "preserve"]
 ExpertInitialisation = Literal["copy_most_used", "random", "mean"]
 Probe = Literal["self", "reservoir", "both", "none"]
 Precision = Literal["fp32", "bf16"]
-MethodName = Literal["grow", "full", "replay", "ewc", "lwf", "lora", "expand", "frozen", "joint", "independent"]
+MethodName = Literal[
+    "grow", "full", "replay", "ewc", "lwf", "lora", "expand", "concentrate", "frozen", "joint", "independent"
+]
 
 
 def check_name(name: str) -> str:
@@ -372,6 +374,7 @@ class Recipe:
     lwf: LwfConfig = field(default_factory=LwfConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     expand: ExpandConfig = field(default_factory=ExpandConfig)
+    concentrate: ConcentrateConfig = field(default_factory=ConcentrateConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -6,8 +6,9 @@ Checks as in config.py, which gathers these into a Recipe.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from mfext.config_checks import require, require_at_least
+from mfext.config_checks import require, require_at_least, require_choices
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,21 @@ class LwfConfig:
     def __post_init__(self) -> None:
         for key in ("strength", "temperature"):
             require(self, key, getattr(self, key) > 0, "positive")
+
+
+@dataclass(frozen=True)
+class ConcentrateConfig:
+    """Load concentration: `weight` multiplies the marginal entropy (nats, summed over the routers of these `kinds`);
+    it rises linearly from 0 over the first `rise_share` of a stage."""
+
+    weight: float = 0.03
+    rise_share: float = 0.2
+    kinds: Literal["both", "attention", "feedforward"] = "both"
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        require(self, "weight", self.weight > 0, "positive")
+        require(self, "rise_share", 0 <= self.rise_share <= 1, "a share of the stage from 0 to 1")
 
 
 @dataclass(frozen=True)

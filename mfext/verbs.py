@@ -70,7 +70,7 @@ _RECIPE = (
     *_COMMON,
 )
 _MODEL = Flag("--model", "model", "text", "model or run folder", "DIR")
-_METHODS = "grow, full, replay, ewc, lwf, lora, expand, frozen, joint or independent"
+_METHODS = "grow, full, replay, ewc, lwf, lora, expand, concentrate, frozen, joint or independent"
 _TOKENIZER = Flag("--tokenizer", "tokenizer", "text", "bytes, a tokenizer.json or its folder", "PATH")
 
 VERBS = (

@@ -28,6 +28,7 @@ from mfext.paths import cache_folder
 from mfext.report.terminal import Console
 from mfext.store import Run, Stage
 from mfext.training.exchange import Stream
+from mfext.training.methods.concentrate import Concentrate
 from mfext.training.methods.ewc import Ewc, accumulate, fisher
 from mfext.training.methods.expand import Expand
 from mfext.training.methods.full import Full
@@ -189,6 +190,10 @@ def _expand(work: Work, plain: LanguageModel) -> Prepared:
     return Prepared(model, Expand(new_blocks(plan)), text_of(work, work.lesson.new))
 
 
+def _concentrate(work: Work, model: LanguageModel) -> Prepared:
+    return Prepared(model, Concentrate(work.recipe.concentrate), text_of(work, work.lesson.new))
+
+
 _PREPARE: Mapping[MethodName, Callable[[Work, LanguageModel], Prepared]] = {
     "grow": _grow,
     "full": _full,
@@ -197,6 +202,7 @@ _PREPARE: Mapping[MethodName, Callable[[Work, LanguageModel], Prepared]] = {
     "lwf": _lwf,
     "lora": _lora,
     "expand": _expand,
+    "concentrate": _concentrate,
     "joint": _joint,
     "independent": _independent,
 }

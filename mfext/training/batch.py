@@ -14,12 +14,16 @@ from mfext.model.losses import IGNORED
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, targets (shifted, -100 not scored), document_starts and attention_mask, all (B, T)."""
+    """input_ids, targets (shifted, -100 not scored), document_starts and attention_mask, all (B, T).
+
+    `progress` is the share of the stage's optimizer steps done before this one; 1 outside of a stage.
+    """
 
     input_ids_BT: Tensor
     targets_BT: Tensor
     document_starts_BT: Tensor | None = None
     attention_mask_BT: Tensor | None = None
+    progress: float = 1.0
 
     @property
     def valid_N(self) -> Tensor | None:

@@ -11,7 +11,7 @@ its sibling growth, because a user's script should need one object.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
 import lightning
@@ -51,8 +51,8 @@ class ContinualModuleFormer(lightning.LightningModule):
 
     Batches are mappings with `input_ids` and either `targets` (already shifted, -100 not scored)
     or `labels` (unshifted), optionally `attention_mask` and `document_starts`, all (B, T) long.
-    The loss is cross-entropy (nats per token) + `routing_loss_weight` x the routers' balance loss + the method's
-    penalty, where it has one.
+    The loss is cross-entropy (nats per token) + `routing_loss_weight` x the routers' balance loss, unless the method
+    leaves it out, + the method's penalty, where it has one.
 
     `training` gives learning rate, schedule and weight decay (its budget of tokens and batch shape
     belong to mfext's own loop: under a plain Trainer, max_steps and the loader decide). `method`
@@ -73,6 +73,7 @@ class ContinualModuleFormer(lightning.LightningModule):
         self.span: Span | None = None
         self.record: StepRecord | None = None
         self.watch_routing = False
+        self.progress = 1.0
         self.routing_numbers: dict[str, float] = {}
         self.optimizer_state: dict[str, Tensor] = {}
         self._optimizer: AdamW | None = None
@@ -140,12 +141,12 @@ class ContinualModuleFormer(lightning.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of one micro-batch, in nats per token."""
-        read = read_batch(batch)
+        read = replace(read_batch(batch), progress=self.progress)
         output: ModelOutput = self.model(
             read.input_ids_BT, attention_mask=read.attention_mask_BT, document_starts=read.document_starts_BT
         )
         language = language_loss(output.logits, read.targets_BT)
-        weight = self.model.config.routing_loss_weight
+        weight = self.model.config.routing_loss_weight if self.method.balances else 0.0
         balance = (
             routing_loss(output.routings, read.valid_N, self.model.config.routing_loss)
             if weight
@@ -205,6 +206,13 @@ class ContinualModuleFormer(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self._total_steps = self.total_steps()
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Note how far the stage is: a pure function of the step."""
+        self.progress = self.step / self._total_steps
+
+    def on_train_end(self) -> None:
+        self.progress = 1.0
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drop a bad step, and set this step's learning rate: a pure function of the step."""

@@ -47,7 +47,7 @@ from tests.training.tiny_training import (
 
 torch.set_num_threads(1)
 NAMES: tuple[MethodName, ...] = get_args(MethodName)
-EVERYTHING = ("full", "replay", "ewc", "lwf", "joint", "independent")
+EVERYTHING = ("full", "replay", "ewc", "lwf", "concentrate", "joint", "independent")
 
 
 def prepared(name: MethodName) -> tuple[ModuleFormer, Method]:
@@ -147,10 +147,10 @@ def test_old_layers_keep_their_bits_under_their_new_numbers_while_the_new_one_tr
 
 
 def test_penalties_are_logged_and_a_method_without_one_leaves_the_cell_empty(tmp_path: Path) -> None:
-    for name in ("ewc", "lwf", "full"):
+    for name in ("ewc", "lwf", "concentrate", "full"):
         module = module_for(name)
         fit(module, TinyStream(), tiny_settings(tmp_path / name), commit=Commits())
-    assert all(float(cell) > 0 for name in ("ewc", "lwf") for cell in logged(tmp_path / name, "penalty"))
+    assert all(float(cell) > 0 for name in ("ewc", "lwf", "concentrate") for cell in logged(tmp_path / name, "penalty"))
     assert set(logged(tmp_path / "full", "penalty")) == {""}
 
 

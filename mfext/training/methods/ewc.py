@@ -35,6 +35,7 @@ class Ewc:
     strength: float
     name: str = "ewc"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
     _placed: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     def trainable(self, model: nn.Module) -> set[str]:

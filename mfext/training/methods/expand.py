@@ -24,6 +24,7 @@ class Expand:
     new_blocks: tuple[int, ...]
     name: str = "expand"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where there is no such layer."""

@@ -18,6 +18,7 @@ class Frozen:
     trains: ClassVar[str] = "nothing: the base as it is"
     name: str = "frozen"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
 
     def trainable(self, model: nn.Module) -> set[str]:
         return set()

@@ -18,6 +18,7 @@ class Full:
     trains: ClassVar[str] = "every parameter: embedding, head, norms, routers and experts"
     name: str = "full"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
 
     def trainable(self, model: nn.Module) -> set[str]:
         return {name for name, _ in model.named_parameters()}

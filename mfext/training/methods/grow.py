@@ -25,6 +25,7 @@ class Grow:
     )
     name: str = "grow"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where the model has no generation yet."""

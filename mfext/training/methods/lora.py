@@ -35,6 +35,7 @@ class Lora:
     trains: ClassVar[str] = "low-rank adapters of attention and feed-forward experts, merged when the stage ends"
     name: str = "lora"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where the model has no adapter."""

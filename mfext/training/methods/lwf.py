@@ -37,6 +37,7 @@ class Lwf:
     temperature: float
     name: str = "lwf"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         copy = deepcopy(self.teacher).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from mfext.config import MethodName
 from mfext.errors import InputError
 from mfext.model.language_model import ModelOutput
 from mfext.training.batch import Batch
+from mfext.training.methods.concentrate import Concentrate
 from mfext.training.methods.ewc import Ewc
 from mfext.training.methods.expand import Expand
 from mfext.training.methods.frozen import Frozen
@@ -38,6 +39,10 @@ class Method(Protocol):
     def starts_from(self) -> Literal["previous", "base"]:
         """Whether a stage continues the previous stage's model or starts again from the untouched base."""
 
+    @property
+    def balances(self) -> bool:
+        """Whether the routers' balance loss belongs to the loss: not where the method concentrates what it spreads."""
+
     def trainable(self, model: nn.Module) -> set[str]:
         """Names (as in `model.named_parameters()`) of the parameters that train."""
 
@@ -63,6 +68,7 @@ _METHODS: dict[MethodName, type[Declared]] = {
     "lwf": Lwf,
     "lora": Lora,
     "expand": Expand,
+    "concentrate": Concentrate,
     "frozen": Frozen,
     "joint": Joint,
     "independent": Independent,
@@ -89,6 +95,7 @@ def method_named(name: MethodName) -> Method:
         "full": Full(),
         "replay": Replay(),
         "lora": Lora(),
+        "concentrate": Concentrate(),
         "frozen": Frozen(),
         "joint": Joint(),
         "independent": Independent(),

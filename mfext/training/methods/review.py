@@ -24,6 +24,7 @@ class Review:
     trains: ClassVar[str] = "the newest generation's routers and domain gate; its experts and all older are frozen"
     name: str = "review"
     starts_from: ClassVar[Literal["previous", "base"]] = "previous"
+    balances: ClassVar[bool] = True
 
     def trainable(self, model: nn.Module) -> set[str]:
         """Raises InputError where the model has no generation yet."""
