@@ -34,6 +34,7 @@ class Decision:
     generation: int = 0
     num_experts: int = VOCABULARY
     tokens_M: Tensor | None = None
+    output_norms_MK: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from mfext.metrics.usage import RoutingLike, Usage, UsageCounter
-from mfext.model.router import Site, route
+from mfext.config import GrowthMode
+from mfext.errors import InputError
+from mfext.metrics.overlap import overlap
+from mfext.metrics.usage import RoutingLike, Usage, UsageCounter, scores
+from mfext.model.observing import observing
+from mfext.model.router import Routing, Site, route
+from tests.growth.tiny_growth import MODES, grow, tiny_model, tokens, wake
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Decision:
     experts_MK: Tensor
     gates_MK: Tensor
     tokens_M: Tensor | None = None
+    output_norms_MK: Tensor | None = None
 
 
 PLACE = Place(0, "feedforward")
@@ -43,7 +50,7 @@ def decide(
     )
 
 
-def count(*routings: RoutingLike, valid: list[int], base: dict[str, int] | None = None) -> Usage:
+def count(*routings: RoutingLike, valid: list[int], base: Mapping[str, int | Sequence[int]] | None = None) -> Usage:
     counter = UsageCounter(base)
     counter.update(routings, torch.tensor(valid))
     return counter.usage()
@@ -93,6 +100,13 @@ def test_competing_experts_are_new_from_the_bases_number_on() -> None:
     assert count(routing, valid=[1] * 4).share_new == 0.0
 
 
+def test_the_bases_number_of_experts_may_differ_from_layer_to_layer() -> None:
+    low = decide([[0, 4], [1, 2], [5, 4], [0, 1]], 6)
+    high = replace(low, site=Place(1, "feedforward"))
+    usage = count(low, high, valid=[1] * 4, base={"feedforward": (4, 5)})
+    assert usage.share_new_by_site == {(0, "feedforward"): 0.5, (1, "feedforward"): 0.25}
+
+
 def test_a_closed_generation_and_an_empty_text_give_zeros_and_no_nan() -> None:
     nobody = torch.zeros(0, dtype=torch.long)
     closed = Decision(PLACE, 1, 2, nobody.view(0, 1), torch.zeros(0, 1), nobody)
@@ -135,3 +149,94 @@ def test_null_choices_reach_no_expert_and_are_counted_apart() -> None:
     assert old.share_null == 0.0
     nowhere = count(base, decide([[2], [2], [2], [2]], 2, generation=1), valid=[1, 1, 1, 0]).banks[1]
     assert (nowhere.tokens, nowhere.share, nowhere.share_null, nowhere.share_new) == (0, (0.0, 0.0), 1.0, 0.0)
+
+
+def test_an_expert_is_hot_above_twice_its_even_share() -> None:
+    (bank,) = count(decide([[0]] * 2 + [[1]] + [[2]], 4), valid=[1] * 4).banks
+    assert bank.share[0] == 2 / 4 and bank.hot_experts == 0
+    (bank,) = count(decide([[0]] * 3 + [[1]] + [[2]], 4), valid=[1] * 5).banks
+    assert bank.hot_experts == 1 and bank.dead_experts == 1
+
+
+def test_contribution_is_gate_times_norm_for_every_token_routed_here_or_nothing_without_norms() -> None:
+    decision = decide([[0, 1], [0, 2], [1, 2], [2, 1]], 3)
+    norms_MK = torch.tensor([[2.0, 4.0], [6.0, 8.0], [1.0, 3.0], [100.0, 100.0]])
+    (bank,) = count(replace(decision, output_norms_MK=norms_MK), valid=[1, 1, 1, 0]).banks
+    assert bank.contribution == pytest.approx((0.25 * 8 / 3, 0.25 * 5 / 3, 0.25 * 11 / 3))
+    usage = count(decision, valid=[1, 1, 1, 0])
+    assert usage.banks[0].contribution is None
+    with pytest.raises(ValueError, match=r"contribution.*observing"):
+        scores(usage, "contribution")
+    assert scores(usage, "usage") == {(0, "feedforward", 0): usage.banks[0].share}
+
+
+def naive(routings: list[Routing], key: tuple[int, str, int], valid: list[bool]) -> dict[str, list[float]]:
+    """Shares, gate mass and contribution of one bank, token by token and choice by choice."""
+    chosen: dict[int, float] = {}
+    mass: dict[int, float] = {}
+    contribution: dict[int, float] = {}
+    tokens_here = 0
+    for routing in (each for each in routings if (each.site.layer, each.site.kind, each.generation) == key):
+        assert routing.output_norms_MK is not None
+        where = range(len(valid)) if routing.tokens_M is None else routing.tokens_M.tolist()
+        for row, token in enumerate(where):
+            experts = [int(expert) for expert in routing.experts_MK[row]]
+            if not valid[token] or all(expert == routing.num_experts for expert in experts):
+                continue
+            tokens_here += 1
+            for slot, expert in enumerate(experts):
+                gate, norm = float(routing.gates_MK[row, slot]), float(routing.output_norms_MK[row, slot])
+                chosen[expert] = chosen.get(expert, 0.0) + 1
+                mass[expert] = mass.get(expert, 0.0) + gate
+                contribution[expert] = contribution.get(expert, 0.0) + gate * norm
+    num_experts = next(
+        each.num_experts for each in routings if (each.site.layer, each.site.kind, each.generation) == key
+    )
+    choices = sum(chosen.get(expert, 0.0) for expert in range(num_experts))
+    return {
+        "usage": [chosen.get(expert, 0.0) / choices for expert in range(num_experts)],
+        "gate_mass": [mass.get(expert, 0.0) / tokens_here for expert in range(num_experts)],
+        "contribution": [contribution.get(expert, 0.0) / tokens_here for expert in range(num_experts)],
+    }
+
+
+@pytest.mark.parametrize("mode", [None, "gated", "side", "compete", "preserve"])
+def test_scores_of_a_model_are_those_of_a_loop_over_tokens_and_choices(mode: GrowthMode | None) -> None:
+    model = tiny_model()
+    if mode is not None:
+        grow(model, "code", MODES[mode])
+        wake(model, 1)
+    ids = tokens(batch=2, length=20)
+    valid = [token % 3 > 0 for token in range(ids.numel())]
+    with torch.inference_mode(), observing(model):
+        routings = model(ids).routings
+    usage = count(*routings, valid=[int(each) for each in valid])
+    assert len(usage.banks) == (8 if mode in ("gated", "side") else 4)
+    for criterion in ("usage", "gate_mass", "contribution"):
+        for key, found in scores(usage, criterion).items():  # type: ignore[arg-type]
+            assert found == pytest.approx(naive(list(routings), key, valid)[criterion], rel=1e-6)
+
+
+def test_usage_comes_back_from_json_as_it_was_and_damage_is_one_clear_error() -> None:
+    decision = replace(decide([[0, 4], [1, 2], [5, 4]], 6), output_norms_MK=torch.rand(3, 2))
+    usage = count(decision, decide([[0], [1]], 2, 1, [0, 2]), valid=[1] * 3, base={"feedforward": 4})
+    plain = json.loads(json.dumps(usage.to_json()))
+    assert Usage.from_json(plain) == usage
+    with pytest.raises(InputError, match=r"kept\.banks"):
+        Usage.from_json({**plain, "banks": [{**plain["banks"][0], "share": "much"}]}, "kept")
+
+
+def test_overlap_is_whole_for_equal_usage_and_none_at_all_for_disjoint_experts() -> None:
+    left, right = count(decide([[0], [1]], 4), valid=[1, 1]), count(decide([[2], [3]], 4), valid=[1, 1])
+    assert overlap(left, left).cosine == pytest.approx(1.0) and overlap(left, left).divergence_nats == 0.0
+    apart = overlap(left, right)
+    assert apart.cosine == 0.0 and apart.divergence_nats == pytest.approx(math.log(2))
+    half = overlap(left, count(decide([[1], [2]], 4), valid=[1, 1]))
+    assert half.cosine == pytest.approx(0.5) and half == overlap(count(decide([[2], [1]], 4), valid=[1, 1]), left)
+
+
+def test_a_generation_that_one_text_reaches_and_the_other_does_not_parts_them() -> None:
+    base = decide([[0], [1]], 2)
+    closed, opened = count(base, valid=[1, 1]), count(base, decide([[0], [1]], 2, 1, [0, 1]), valid=[1, 1])
+    assert overlap(closed, opened).cosine == pytest.approx(math.sqrt(0.5))
+    assert overlap(closed, UsageCounter().usage()).cosine is None
