@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mfext.store_files import require_free_space, write_file_atomically
 from mfext.store_folders import FileEntry, Manifest, commit_folder, read_manifest, verify_folder
-from mfext.store_json import append_line, append_lines, dump_json, read_json, read_json_object, read_lines
+from mfext.store_json import append_line, append_lines, dump_json, read_json, read_json_object, read_lines, seal, unseal
 from mfext.store_models import MODEL_TYPE, ModelFolder, config_hash, load_model_folder, model_config_json, save_model
 from mfext.store_runs import LEDGER_KEY, Progress, Run, Stage, find_model_folder, is_run_folder
 from mfext.store_tensors import is_finite, load_tensors, model_hash, save_tensors, tensor_hashes, tensors_size_bytes
@@ -41,8 +41,10 @@ __all__ = [
     "require_free_space",
     "save_model",
     "save_tensors",
+    "seal",
     "tensor_hashes",
     "tensors_size_bytes",
+    "unseal",
     "verify_folder",
     "write_file_atomically",
 ]

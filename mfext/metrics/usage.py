@@ -227,7 +227,7 @@ class UsageCounter:
         sums.new_tokens = sums.new_tokens + new_M.sum()
         sums.null_choices = sums.null_choices + null_choices
         assert (sums.contribution_E is None) == (contribution_E is None), f"{key} was observed only some of the time"
-        if sums.contribution_E is not None:
+        if sums.contribution_E is not None and contribution_E is not None:
             sums.contribution_E = sums.contribution_E + contribution_E
 
     def usage(self) -> Usage:

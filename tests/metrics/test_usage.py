@@ -213,7 +213,7 @@ def test_scores_of_a_model_are_those_of_a_loop_over_tokens_and_choices(mode: Gro
     usage = count(*routings, valid=[int(each) for each in valid])
     assert len(usage.banks) == (8 if mode in ("gated", "side") else 4)
     for criterion in ("usage", "gate_mass", "contribution"):
-        for key, found in scores(usage, criterion).items():  # type: ignore[arg-type]
+        for key, found in scores(usage, criterion).items():
             assert found == pytest.approx(naive(list(routings), key, valid)[criterion], rel=1e-6)
 
 
