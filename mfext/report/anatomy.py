@@ -9,6 +9,7 @@ from mfext.report.quantities import NONE, count, number, plural, printable, size
 from mfext.report.reading import Json, listed, mapping, objects, text
 from mfext.report.reading import number as number_at
 from mfext.report.report import KeyValues, Report, Section, Table
+from mfext.report.usage import usage_sections, usage_verdict
 
 _SHAPE = (
     ("d_model", "width"),
@@ -22,7 +23,10 @@ _SHAPE = (
 
 
 def inspection_report(data: Json) -> Report:
-    """The report of inspect; `data` as commands/inspect.py builds it (stable JSON)."""
+    """The report of inspect; `data` as commands/inspect.py builds it (stable JSON).
+
+    Where usage was measured a terminal shows that, and the rest is for the page.
+    """
     total, active = number_at(data, "params", "total"), number_at(data, "params", "active_per_token")
     generations = objects(data, "generations")
     grown = f", {plural(len(generations), 'generation')} beyond its base" if generations else ", a base"
@@ -36,7 +40,10 @@ def inspection_report(data: Json) -> Report:
         dataclasses.replace(lineage_table(objects(data, "lineage")), in_terminal=True),
     )
     kept = tuple(each for each in sections if each is not None and (not isinstance(each, Table) or each.rows))
-    return Report("inspect", data, f"mfext inspect · {model}", (verdict,), kept)
+    used = usage_sections(data)
+    if used:
+        kept = (*used, *(dataclasses.replace(each, in_terminal=False) for each in kept))
+    return Report("inspect", data, f"mfext inspect · {model}", (verdict, *usage_verdict(data)), kept)
 
 
 def _overview(data: Json) -> KeyValues:

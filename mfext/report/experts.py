@@ -50,13 +50,13 @@ def expert_sections(details: Mapping[str, DomainDetails], newcomers: Sequence[Ne
     )
     sections: list[Section] = [HeatMaps("Expert usage", maps=tuple(maps), note=note, in_terminal=False)]
     if newcomers:
-        sections.append(_old_and_new(usages))
+        sections.append(old_and_new(usages))
     return sections
 
 
 def _site_map(usages: Mapping[str, Json], site: tuple[int, str], newcomers: Sequence[Newcomers]) -> HeatMap:
     layer, kind = site
-    shares = {name: _site_shares(usage, site) for name, usage in usages.items()}
+    shares = {name: site_shares(usage, site) for name, usage in usages.items()}
     generations = sorted({generation for banks in shares.values() for generation in banks})
     widths = {
         generation: max(len(banks.get(generation, ())) for banks in shares.values()) for generation in generations
@@ -64,7 +64,7 @@ def _site_map(usages: Mapping[str, Json], site: tuple[int, str], newcomers: Sequ
     columns: list[str] = []
     groups: list[tuple[str, int]] = []
     for generation in generations:
-        for name, size in _groups(generation, widths[generation], site, newcomers):
+        for name, size in expert_groups(generation, widths[generation], site, newcomers):
             groups.append((name, size))
             columns += [str(number) for number in range(size)]
     values = []
@@ -85,7 +85,7 @@ def _site_map(usages: Mapping[str, Json], site: tuple[int, str], newcomers: Sequ
     )
 
 
-def _site_shares(usage: Json, site: tuple[int, str]) -> dict[int, tuple[float, ...]]:
+def site_shares(usage: Json, site: tuple[int, str]) -> dict[int, tuple[float, ...]]:
     """Per generation at a site: share of all tokens' choices per expert."""
     tokens = number_at(usage, "tokens") or 0.0
     found: dict[int, tuple[float, ...]] = {}
@@ -97,7 +97,7 @@ def _site_shares(usage: Json, site: tuple[int, str]) -> dict[int, tuple[float, .
     return found
 
 
-def _groups(
+def expert_groups(
     generation: int, width: int, site: tuple[int, str], newcomers: Sequence[Newcomers]
 ) -> list[tuple[str, int]]:
     """Runs of a bank's experts by who added them; those in the base's softmax stand behind its own in its bank."""
@@ -112,7 +112,8 @@ def _groups(
     return [("base", own), *added]
 
 
-def _old_and_new(usages: Mapping[str, Json]) -> Shares:
+def old_and_new(usages: Mapping[str, Json]) -> Shares:
+    """Per domain how many of its tokens reached an expert of a growth."""
     rows = []
     for name, usage in usages.items():
         shares = [share for site in objects(usage, "sites") if (share := number_at(site, "share_new")) is not None]

@@ -17,9 +17,10 @@ from rich.console import Console as RichConsole
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
+from mfext.report.blocks import KEY, heat_block
 from mfext.report.progress import LiveProgress, NoProgress, PlainProgress, Progress
 from mfext.report.quantities import printable
-from mfext.report.report import KeyValues, Report, Section, Table, Text
+from mfext.report.report import HeatMaps, KeyValues, Report, Section, Table, Text
 from mfext.report.tabular import as_tables
 from mfext.requests import Invocation
 
@@ -95,10 +96,22 @@ def _section(console: RichConsole, stream: TextIO, section: Section) -> None:
             _line(console, stream, shown)
         return
     _line(console, stream, RichText(printable(section.title), style="bold"))
-    for table in as_tables(section):
-        _table(console, stream, table)
+    if isinstance(section, HeatMaps) and not any(each.digits or each.diverging for each in section.maps):
+        _blocks(console, stream, section)
+    else:
+        for table in as_tables(section):
+            _table(console, stream, table)
     if section.note:
         _line(console, stream, RichText(f"  {printable(section.note)}", style="dim"))
+
+
+def _blocks(console: RichConsole, stream: TextIO, section: HeatMaps) -> None:
+    for each in section.maps:
+        unit = f" ({each.unit})" if each.unit else ""
+        _line(console, stream, RichText(f"\n  {printable(each.title)}{unit}"))
+        for line in heat_block(each, console.width):
+            _line(console, stream, line)
+    _line(console, stream, RichText(f"\n  {KEY}", style="dim"))
 
 
 def _table(console: RichConsole, stream: TextIO, table: Table) -> None:
