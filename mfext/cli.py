@@ -311,7 +311,8 @@ def _run_request(verb: Verb, arguments: Arguments) -> None:
 
 
 def _needs(verb: Verb, key: str) -> bool:
-    return any(item.name == key for item in dataclasses.fields(getattr(requests, verb.takes)))
+    fields = dataclasses.fields(getattr(requests, verb.takes))
+    return any(item.name == key and item.default is dataclasses.MISSING for item in fields)
 
 
 def _invocation(arguments: Arguments) -> requests.Invocation:

@@ -64,10 +64,21 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class InspectRequest:
-    """Layers, generations, lineage and sizes of a model or run folder."""
+    """Layers, generations, lineage and sizes of a model or run folder; with `domains` what its experts do there.
+
+    `out` is an HTML file to write. `tokenizer` None takes the one named in the model folder.
+    """
 
     model: str
+    domains: tuple[str, ...] = ()
+    out: str | None = None
+    tokenizer: str | None = None
     seed: int = 1
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.out is not None and not self.out.endswith(".html"):
+            raise ValueError(f"out={self.out!r}: must end in .html")
 
 
 @dataclass(frozen=True)

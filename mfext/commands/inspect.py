@@ -1,4 +1,7 @@
-"""`mfext inspect`: what a model is made of: layers, generations, parameters by part, lineage, sizes. Writes nothing."""
+"""`mfext inspect`: what a model is made of: layers, generations, parameters by part, lineage, sizes.
+
+With domains also what its experts do on them. Writes no more than the page that --out names.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mfext.commands.models import OpenedModel, open_model
-from mfext.commands.setting import tokenizer_named
+from mfext.commands.setting import load_domains, prepare_machine, tokenizer_named
+from mfext.commands.usage import usage_of
 from mfext.config import GenerationConfig, ModelConfig
 from mfext.conversion import to_mapping
 from mfext.growth.plan import count_parameters
+from mfext.metrics.overlap import overlap
 from mfext.report.anatomy import inspection_report
+from mfext.report.html import to_html
 from mfext.report.report import Report
+from mfext.report.terminal import Console
 from mfext.requests import DEFAULT_INVOCATION, InspectRequest, Invocation
-from mfext.store import is_run_folder
+from mfext.store import is_run_folder, write_file_atomically
 
 BASE = "base"
 
@@ -41,7 +48,30 @@ def run(request: InspectRequest, invocation: Invocation = DEFAULT_INVOCATION) ->
         "domains": domains if isinstance(domains, list) else [],
         "lineage": lineage if isinstance(lineage, list) else [],
     }
-    return inspection_report(data)
+    if request.domains:
+        data |= _measured(request, opened, invocation)
+    report = inspection_report(data)
+    if request.out is not None:
+        write_file_atomically(Path(request.out).expanduser(), to_html(report).encode("utf-8"))
+    return report
+
+
+def _measured(request: InspectRequest, opened: OpenedModel, invocation: Invocation) -> dict[str, object]:
+    """`usage`: domain -> its expert usage; `overlap`: every domain against every other, in the order asked."""
+    console = Console.of(invocation)
+    opened.model.to(prepare_machine(invocation))
+    domains = load_domains(request.domains, console)
+    usages = usage_of(opened, domains, request.evaluation, console, request.tokenizer)
+    found = [[overlap(here, there) for there in usages.values()] for here in usages.values()]
+    return {
+        "split": request.evaluation.split,
+        "usage": {name: usage.to_json() for name, usage in usages.items()},
+        "overlap": {
+            "domains": list(usages),
+            "cosine": [[each.cosine for each in row] for row in found],
+            "divergence_nats": [[each.divergence_nats for each in row] for row in found],
+        },
+    }
 
 
 def _generations(config: ModelConfig) -> list[dict[str, object]]:
