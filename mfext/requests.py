@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from mfext.config import EvaluationConfig
+from mfext.config_evaluation import EvaluationConfig
 
 
 @dataclass(frozen=True)

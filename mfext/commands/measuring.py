@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from mfext.config import EvaluationConfig, Recipe
+from mfext.config import Recipe
+from mfext.config_evaluation import EvaluationConfig
 from mfext.domains.domain import Domain, first_documents, split_hash
 from mfext.domains.tokenizer import Tokenizer, encode_documents
 from mfext.errors import InputError

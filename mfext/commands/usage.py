@@ -15,7 +15,7 @@ from typing import BinaryIO
 from mfext.commands.measuring import Column, prepare_columns
 from mfext.commands.models import OpenedModel
 from mfext.commands.setting import tokenizer_of
-from mfext.config import EvaluationConfig
+from mfext.config_evaluation import EvaluationConfig
 from mfext.conversion import to_mapping
 from mfext.domains.cache_file import publish
 from mfext.domains.domain import Domain

@@ -16,7 +16,8 @@ from mfext.commands import inspect
 from mfext.commands.models import OpenedModel, open_model, save_model
 from mfext.commands.setting import load_domains
 from mfext.commands.usage import usage_of
-from mfext.config import EvaluationConfig, GrowthMode, ModelConfig
+from mfext.config import GrowthMode, ModelConfig
+from mfext.config_evaluation import EvaluationConfig
 from mfext.domains.tokenizer import load_tokenizer
 from mfext.errors import InputError
 from mfext.metrics.usage import Usage, scores
