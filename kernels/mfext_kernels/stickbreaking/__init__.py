@@ -5,20 +5,21 @@
 Shapes: B batch, T queries, S keys (S >= T: query t sits at key index S-T+t), K chosen experts, H heads,
 C head width. The K experts' queries share keys and values. Key j is visible to query i if
 starts[b, t] <= j <= i; `starts` are key indices, None means 0. A query whose start lies behind it gives
-exact zeros. Source: arXiv 2306.04640, section 3. fp32, float64; bf16 is computed in fp32.
+exact zeros. Source: arXiv 2306.04640, section 3. fp32, float64; bf16 is computed in fp32. On CUDA (fp32, fp16, bf16)
+sums are fp32, and weights meet values in the inputs' dtype.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mfext_kernels.backends import Backend, choose
 from mfext_kernels.stickbreaking import cpu, reference
 
-Backend = Literal["reference", "cpu"]
+WIDEST_HEAD_BYTES = 512  # on a GPU, where a head is held in registers
 
 
 def stickbreaking_attention(
@@ -34,7 +35,7 @@ def stickbreaking_attention(
     if starts_BT is not None and starts_BT.shape != (batch, length):
         raise ValueError(f"starts_BT: must be ({batch}, {length}), not {tuple(starts_BT.shape)}")
     q_BTKHC, k_BSHC, v_BSHC = _same_dtype(q_BTKHC, k_BSHC, v_BSHC)
-    o_BTKHC: Tensor = _implementation(backend).stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, starts_BT)
+    o_BTKHC: Tensor = _implementation(backend, q_BTKHC).stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, starts_BT)
     return o_BTKHC
 
 
@@ -47,19 +48,23 @@ def stickbreaking_decode(
     if starts_B is not None and starts_B.shape != (batch,):
         raise ValueError(f"starts_B: must be ({batch},), not {tuple(starts_B.shape)}")
     q_BKHC, k_BSHC, v_BSHC = _same_dtype(q_BKHC, k_BSHC, v_BSHC)
-    o_BKHC: Tensor = _implementation(backend).stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, starts_B)
+    o_BKHC: Tensor = _implementation(backend, q_BKHC).stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, starts_B)
     return o_BKHC
 
 
 def stickbreaking_decode_folded(q_XKC: Tensor, k_XSC: Tensor, v_XSC: Tensor) -> Tensor:
     """`stickbreaking_decode` without gradients, starts or checks, for X (batch, head) pairs -> o_XKC."""
-    return cpu.decode_folded(q_XKC, k_XSC, v_XSC)
+    o_XKC: Tensor = _implementation(None, q_XKC).decode_folded(q_XKC, k_XSC, v_XSC)
+    return o_XKC
 
 
-def _implementation(backend: Backend | None) -> ModuleType:
-    if backend not in (None, "cpu", "reference"):
-        raise ValueError(f"backend={backend!r}: must be 'reference', 'cpu' or None")
-    return reference if backend == "reference" else cpu
+def _implementation(backend: Backend | None, queries: Tensor) -> ModuleType:
+    chosen = choose(backend, queries, queries.shape[-1] * queries.element_size() <= WIDEST_HEAD_BYTES)
+    if chosen == "triton":
+        from mfext_kernels.stickbreaking import triton
+
+        return triton
+    return reference if chosen == "reference" else cpu
 
 
 def _check_queries(queries: Tensor, dimensions: int) -> torch.Size:
