@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mfext_kernels.backends import Backend, choose
 from mfext_kernels.grouped_linear import cpu, one_token, reference
 from mfext_kernels.routing import Dispatch
 
 __all__ = ["expert_feedforward", "gather_linear", "one_token", "order_rows", "scatter_linear", "sort_rows"]
-Backend = Literal["reference", "cpu"]
 
 
 def gather_linear(
@@ -29,7 +28,7 @@ def gather_linear(
     _check(weights, dispatch, x_ND.shape[-1])
     _check_rows("x_ND", x_ND, dispatch.num_tokens)
     x_ND, *weights = _one_dtype(x_ND, *weights)
-    rows_RF: Tensor = _implementation(backend).gather_linear(x_ND, weights, dispatch)
+    rows_RF: Tensor = _implementation(backend, x_ND).gather_linear(x_ND, weights, dispatch)
     return rows_RF
 
 
@@ -41,7 +40,7 @@ def scatter_linear(
     _check_rows("rows_RF", rows_RF, dispatch.num_tokens * dispatch.num_chosen)
     _check_gates(gates_NK, dispatch)
     rows_RF, gates_NK, *weights = _one_dtype(rows_RF, gates_NK, *weights)
-    y_ND: Tensor = _implementation(backend).scatter_linear(rows_RF, weights, gates_NK, dispatch)
+    y_ND: Tensor = _implementation(backend, rows_RF).scatter_linear(rows_RF, weights, gates_NK, dispatch)
     return y_ND
 
 
@@ -61,7 +60,7 @@ def expert_feedforward(
     _check_rows("x_ND", x_ND, dispatch.num_tokens)
     _check_gates(gates_NK, dispatch)
     x_ND, gates_NK, *stacks = _one_dtype(x_ND, gates_NK, *up, *down)
-    y_ND: Tensor = _implementation(backend).expert_feedforward(
+    y_ND: Tensor = _implementation(backend, x_ND).expert_feedforward(
         x_ND, stacks[: len(up)], stacks[len(up) :], gates_NK, dispatch
     )
     return y_ND
@@ -70,7 +69,7 @@ def expert_feedforward(
 def order_rows(rows_RF: Tensor, dispatch: Dispatch, backend: Backend | None = None) -> Tensor:
     """Sorted rows (R, F) -> token order (N, K, F)."""
     _check_rows("rows_RF", rows_RF, dispatch.num_tokens * dispatch.num_chosen)
-    rows_NKF: Tensor = _implementation(backend).order_rows(rows_RF, dispatch)
+    rows_NKF: Tensor = _implementation(backend, rows_RF).order_rows(rows_RF, dispatch)
     return rows_NKF
 
 
@@ -80,14 +79,17 @@ def sort_rows(rows_NKF: Tensor, dispatch: Dispatch, backend: Backend | None = No
         raise ValueError(
             f"rows_NKF: must be ({dispatch.num_tokens}, {dispatch.num_chosen}, F), not {tuple(rows_NKF.shape)}"
         )
-    rows_RF: Tensor = _implementation(backend).sort_rows(rows_NKF, dispatch)
+    rows_RF: Tensor = _implementation(backend, rows_NKF).sort_rows(rows_NKF, dispatch)
     return rows_RF
 
 
-def _implementation(backend: Backend | None) -> ModuleType:
-    if backend not in (None, "cpu", "reference"):
-        raise ValueError(f"backend={backend!r}: must be 'reference', 'cpu' or None")
-    return reference if backend == "reference" else cpu
+def _implementation(backend: Backend | None, rows: Tensor) -> ModuleType:
+    chosen = choose(backend, rows)
+    if chosen == "triton":
+        from mfext_kernels.grouped_linear import triton
+
+        return triton
+    return reference if chosen == "reference" else cpu
 
 
 def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

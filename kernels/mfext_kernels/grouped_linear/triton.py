@@ -1,0 +1,434 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+"""Grouped linear maps on a GPU: one tiled product per stack, with gather, gelu and gate inside; no atomics.
+
+A stack of weights is a launch of its own, so stacks are never concatenated and a frozen one launches no gradient
+kernel. `tiles` lists a stack's tiles of sorted rows, none of which holds rows of two experts. Three kernels:
+
+    rows_kernel       act(x[row] W_e), times its gate, written in sorted or in token order
+    grad_rows_kernel  with P = dy[token] W_e^T: the gate's gradient <active, P> and the rows' gate * P * gelu'
+    weights_kernel    sum over an expert's rows of gate * left^T right, all of them in one program per tile of dW_e
+
+Sums are fp32; what is written has the inputs' dtype. Rows that a token's K experts wrote lie side by side and are
+summed by torch, and so are the parts of a gate's gradient, one per tile of columns: the order of every sum is fixed.
+tanh-gelu is x * sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mfext_kernels.grouped_linear.cpu import order_rows, sort_rows
+from mfext_kernels.routing import Dispatch
+from mfext_kernels.tuning import Config, config_for
+
+__all__ = ["expert_feedforward", "gather_linear", "order_rows", "scatter_linear", "sort_rows"]
+GELU_SCALE: tl.constexpr = tl.constexpr(0.7978845608028654)
+GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _load(start, rows, columns, row_stride, column_stride, rows_in, columns_in):
+    """A tile, zeros outside."""
+    at = start + (rows * row_stride)[:, None] + (columns * column_stride)[None, :]
+    return tl.load(at, mask=rows_in[:, None] & columns_in[None, :], other=0.0)
+
+
+@triton.jit
+def _store(start, rows, columns, row_stride, rows_in, columns_in, values):
+    at = start + (rows * row_stride)[:, None] + columns[None, :]
+    tl.store(at, values.to(start.dtype.element_ty), mask=rows_in[:, None] & columns_in[None, :])
+
+
+@triton.jit
+def _product(
+    left, rows, left_stride, rows_in, right, columns, right_row, right_column, columns_in, depth,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left[rows] @ right[:, columns], fp32."""
+    summed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, depth, DEPTH):
+        middle = first + tl.arange(0, DEPTH)
+        a = _load(left, rows, middle, left_stride, 1, rows_in, middle < depth)
+        b = _load(right, middle, columns, right_row, right_column, middle < depth, columns_in)
+        summed += tl.dot(a, b, input_precision=PRECISION)
+    return summed
+
+
+@triton.jit
+def _gelu(x):
+    """tanh-gelu and its derivative."""
+    cubic = x * x * GELU_CUBIC
+    gate = 1.0 / (1.0 + tl.exp((x + x * cubic) * -2.0 * GELU_SCALE))
+    active = x * gate
+    return active, gate + active * (1.0 - gate) * (1.0 + cubic * 3.0) * 2.0 * GELU_SCALE
+
+
+@triton.jit
+def _tile(tiles, num_tiles, num_column_tiles, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Expert, sorted rows, which of them count, and columns: those of one tile of rows run side by side."""
+    number = tl.program_id(0) // num_column_tiles
+    expert = tl.load(tiles + number).to(tl.int64)
+    rows = tl.load(tiles + num_tiles + number) + tl.arange(0, ROWS)
+    valid = rows < tl.load(tiles + 2 * num_tiles + number)
+    return expert, rows.to(tl.int64), valid, (tl.program_id(0) % num_column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def rows_kernel(
+    x, weight, tokens, order, gates, tiles, hidden, out, x_stride, expert_stride, depth_stride, column_stride,
+    depth, num_columns, num_tiles, num_column_tiles,
+    ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    expert, rows, valid, columns = _tile(tiles, num_tiles, num_column_tiles, COLUMNS, ROWS)
+    columns_in = columns < num_columns
+    sources = rows
+    if tokens is not None:
+        sources = tl.load(tokens + rows, mask=valid, other=0)
+    summed = _product(
+        x, sources, x_stride, valid, weight + expert * expert_stride, columns, depth_stride, column_stride, columns_in,
+        depth, ROWS, COLUMNS, DEPTH, PRECISION,
+    )  # fmt: skip
+    if hidden is not None:
+        _store(hidden, rows, columns, num_columns, valid, columns_in, summed)
+    if ACTIVATE:
+        summed = _gelu(summed.to(out.dtype.element_ty).to(tl.float32))[0]  # of what backward will read
+    targets = rows
+    if order is not None:
+        targets = tl.load(order + rows, mask=valid, other=0)
+        if gates is not None:
+            summed *= tl.load(gates + targets, mask=valid, other=0.0).to(tl.float32)[:, None]
+    _store(out, targets, columns, num_columns, valid, columns_in, summed)
+
+
+@triton.jit
+def grad_rows_kernel(
+    grad, weight, tokens, order, gates, tiles, own_rows, active, grad_rows, grad_gates,
+    grad_stride, expert_stride, depth_stride, column_stride, depth, num_columns, num_tiles, num_column_tiles,
+    ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    expert, rows, valid, columns = _tile(tiles, num_tiles, num_column_tiles, COLUMNS, ROWS)
+    columns_in = columns < num_columns
+    sources = tl.load(tokens + rows, mask=valid, other=0)
+    summed = _product(
+        grad, sources, grad_stride, valid, weight + expert * expert_stride, columns, depth_stride, column_stride,
+        columns_in, depth, ROWS, COLUMNS, DEPTH, PRECISION,
+    )  # fmt: skip
+    own = _load(own_rows, rows, columns, num_columns, 1, valid, columns_in).to(tl.float32)
+    gate = tl.load(gates + tl.load(order + rows, mask=valid, other=0), mask=valid, other=0.0)
+    change = summed * gate.to(tl.float32)[:, None]
+    if ACTIVATE:
+        own, slope = _gelu(own)
+        change *= slope
+    part = rows * num_column_tiles + tl.program_id(0) % num_column_tiles
+    tl.store(grad_gates + part, tl.sum(own * summed, 1), mask=valid)
+    if active is not None:
+        _store(active, rows, columns, num_columns, valid, columns_in, own)
+    if grad_rows is not None:
+        _store(grad_rows, rows, columns, num_columns, valid, columns_in, change)
+
+
+@triton.jit
+def weights_kernel(
+    left, right, left_tokens, right_tokens, order, gates, bounds, grad, left_stride, right_stride,
+    num_rows, num_columns, num_row_tiles, num_column_tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    expert = (tl.program_id(0) // (num_column_tiles * num_row_tiles)).to(tl.int64)
+    rows = (tl.program_id(0) // num_column_tiles % num_row_tiles) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % num_column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    summed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    last = tl.load(bounds + expert + 1)
+    for first in range(tl.load(bounds + expert), last, DEPTH):
+        middle = (first + tl.arange(0, DEPTH)).to(tl.int64)
+        valid = middle < last
+        left_at, right_at = middle, middle
+        if left_tokens is not None:
+            left_at = tl.load(left_tokens + middle, mask=valid, other=0)
+        if right_tokens is not None:
+            right_at = tl.load(right_tokens + middle, mask=valid, other=0)
+        a = _load(left, left_at, rows, left_stride, 1, valid, rows < num_rows)
+        b = _load(right, right_at, columns, right_stride, 1, valid, columns < num_columns)
+        if gates is not None:
+            gate = tl.load(gates + tl.load(order + middle, mask=valid, other=0), mask=valid, other=0.0)
+            a = (a.to(tl.float32) * gate.to(tl.float32)[:, None]).to(b.dtype)
+        summed += tl.dot(tl.trans(a), b, input_precision=PRECISION)
+    own_rows = expert * num_rows + rows
+    _store(grad, own_rows, columns, num_columns, rows < num_rows, columns < num_columns, summed)
+
+
+def gather_linear(x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
+    """rows[r] = x[token of r] @ W[expert of r]."""
+    rows_RF: Tensor = _GatherLinear.apply(x_ND, dispatch, *weights)  # type: ignore[no-untyped-call]
+    return rows_RF
+
+
+def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
+    """y[n] = sum_k gate[n, k] * rows[(n, k)] @ W[expert of (n, k)]."""
+    y_ND: Tensor = _ScatterLinear.apply(rows_RF, gates_NK, dispatch, *weights)  # type: ignore[no-untyped-call]
+    return y_ND
+
+
+def expert_feedforward(
+    x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
+) -> Tensor:
+    """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_ND, gates_NK, *up, *down))):
+        with torch.cuda.device_of(x_ND):
+            active_RF = _rows(_Rows(x_ND.contiguous(), gathered=True, activate=True), up, dispatch)
+            return _scatter(active_RF, down, gates_NK, dispatch)
+    y_ND: Tensor = _ExpertFeedforward.apply(x_ND, gates_NK, dispatch, len(up), *up, *down)  # type: ignore[no-untyped-call]
+    return y_ND
+
+
+class _GatherLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, dispatch: Dispatch, *weights: Tensor) -> Tensor:
+        x_ND = x_ND.contiguous()
+        ctx.dispatch = dispatch
+        ctx.save_for_backward(x_ND, *weights)
+        with torch.cuda.device_of(x_ND):
+            return _rows(_Rows(x_ND, gathered=True), weights, dispatch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, *weights = ctx.saved_tensors
+        grad_RF = grad_RF.contiguous()
+        with torch.cuda.device_of(x_ND):
+            left, right = _Side(x_ND, gathered=True), _Side(grad_RF)
+            grads = _grad_weights(left, right, None, ctx.needs_input_grad[2:], weights, ctx.dispatch)
+            grad_x = _back_to_tokens(grad_RF, weights, ctx.dispatch) if ctx.needs_input_grad[0] else None
+        return grad_x, None, *grads
+
+
+class _ScatterLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RF: Tensor, gates_NK: Tensor, dispatch: Dispatch, *weights: Tensor) -> Tensor:
+        rows_RF, gates_NK = rows_RF.contiguous(), gates_NK.contiguous()
+        ctx.dispatch = dispatch
+        ctx.save_for_backward(rows_RF, gates_NK, *weights)
+        with torch.cuda.device_of(rows_RF):
+            return _scatter(rows_RF, weights, gates_NK, dispatch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RF, gates_NK, *weights = ctx.saved_tensors
+        need_rows, need_gates, _, *needed = ctx.needs_input_grad
+        grad_ND = grad_ND.contiguous()
+        with torch.cuda.device_of(rows_RF):
+            left, right = _Side(rows_RF), _Side(grad_ND, gathered=True)
+            grads = _grad_weights(left, right, gates_NK, needed, weights, ctx.dispatch)
+            back = _Back(torch.empty_like(rows_RF) if need_rows else None, None, need_rows or need_gates)
+            grad_gates = _grad_rows(grad_ND, rows_RF, back, weights, gates_NK, ctx.dispatch)
+        return back.grad_rows, grad_gates if need_gates else None, None, *grads
+
+
+class _ExpertFeedforward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, gates_NK: Tensor, dispatch: Dispatch, num_stacks: int, *weights: Tensor
+    ) -> Tensor:
+        x_ND, gates_NK = x_ND.contiguous(), gates_NK.contiguous()
+        up, down = weights[:num_stacks], weights[num_stacks:]
+        hidden_RF = x_ND.new_empty(dispatch.order_R.numel(), up[0].shape[2])
+        ctx.dispatch, ctx.num_stacks = dispatch, num_stacks
+        ctx.save_for_backward(x_ND, gates_NK, hidden_RF, *weights)
+        with torch.cuda.device_of(x_ND):
+            active_RF = _rows(_Rows(x_ND, gathered=True, activate=True, hidden=hidden_RF), up, dispatch)
+            return _scatter(active_RF, down, gates_NK, dispatch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        dispatch: Dispatch = ctx.dispatch
+        x_ND, gates_NK, hidden_RF, *weights = ctx.saved_tensors
+        up, down = weights[: ctx.num_stacks], weights[ctx.num_stacks :]
+        need_x, need_gates, _, _, *needed = ctx.needs_input_grad
+        need_up, need_down = needed[: len(up)], needed[len(up) :]
+        grad_ND = grad_ND.contiguous()
+        with torch.cuda.device_of(x_ND):
+            through, active = need_x or any(need_up), any(need_down)
+            grad_hidden, active_RF = (torch.empty_like(hidden_RF) if need else None for need in (through, active))
+            back = _Back(grad_hidden, active_RF, through or active or need_gates, activate=True)
+            grad_gates = _grad_rows(grad_ND, hidden_RF, back, down, gates_NK, dispatch)
+            grads_up: Sequence[Tensor | None] = [None] * len(up)
+            grads_down: Sequence[Tensor | None] = [None] * len(down)
+            if active_RF is not None:
+                left, right = _Side(active_RF), _Side(grad_ND, gathered=True)
+                grads_down = _grad_weights(left, right, gates_NK, need_down, down, dispatch)
+            if grad_hidden is not None:
+                left, right = _Side(x_ND, gathered=True), _Side(grad_hidden)
+                grads_up = _grad_weights(left, right, None, need_up, up, dispatch)
+            grad_x = _back_to_tokens(grad_hidden, up, dispatch) if need_x and grad_hidden is not None else None
+        return grad_x, grad_gates if need_gates else None, None, None, *grads_up, *grads_down
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What rows_kernel reads, and what it does on the way: gather by token, gelu, times `gates`, into token order."""
+
+    x: Tensor
+    gathered: bool = False
+    activate: bool = False
+    hidden: Tensor | None = None
+    gates: Tensor | None = None
+    in_token_order: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One factor of a weight gradient: rows in sorted order, or by token."""
+
+    rows: Tensor
+    gathered: bool = False
+
+
+@dataclass(frozen=True)
+class _Back:
+    """What grad_rows_kernel writes beside the gates' gradients, and whether it is needed at all."""
+
+    grad_rows: Tensor | None
+    active: Tensor | None
+    needed: bool
+    activate: bool = False
+
+
+def _rows(given: _Rows, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
+    """(R, columns): every row times its expert's matrix, stack by stack into one output."""
+    config = config_for("rows", given.x)
+    depth, num_columns = _shape(weights[0], given.transposed)
+    out = given.x.new_empty(dispatch.order_R.numel(), num_columns)
+    for weight, tiles in _launches(weights, dispatch, config, given.x):
+        num_column_tiles = triton.cdiv(num_columns, config.columns)
+        rows_kernel[(tiles.shape[1] * num_column_tiles,)](
+            given.x, weight, dispatch.tokens_R if given.gathered else None,
+            dispatch.order_R if given.in_token_order else None, given.gates, tiles, given.hidden, out,
+            given.x.stride(0), *_strides(weight, given.transposed), depth, num_columns, tiles.shape[1],
+            num_column_tiles, ACTIVATE=given.activate, **_constants(config),
+        )  # fmt: skip
+    return out
+
+
+def _scatter(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
+    given = _Rows(rows_RF, gates=gates_NK.contiguous(), in_token_order=True)
+    return _sum_chosen(_rows(given, weights, dispatch), dispatch)
+
+
+def _back_to_tokens(grad_RF: Tensor, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
+    """sum_k grad[(n, k)] @ W^T."""
+    return _sum_chosen(_rows(_Rows(grad_RF, in_token_order=True, transposed=True), weights, dispatch), dispatch)
+
+
+def _sum_chosen(rows_RD: Tensor, dispatch: Dispatch) -> Tensor:
+    """Rows in token order -> the sum of each token's K; torch sums 16 bits in fp32 and rounds once."""
+    if dispatch.num_chosen == 1:
+        return rows_RD
+    return rows_RD.view(dispatch.num_tokens, dispatch.num_chosen, rows_RD.shape[1]).sum(1)
+
+
+def _grad_rows(
+    grad_ND: Tensor, rows_RF: Tensor, back: _Back, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
+) -> Tensor | None:
+    """Fill what `back` asks for -> the gates' gradients (N, K)."""
+    if not back.needed:
+        return None
+    config = config_for("rows", grad_ND)
+    depth, num_columns = _shape(weights[0], True)
+    num_column_tiles = triton.cdiv(num_columns, config.columns)
+    parts = torch.empty(rows_RF.shape[0], num_column_tiles, device=grad_ND.device)
+    for weight, tiles in _launches(weights, dispatch, config, grad_ND):
+        grad_rows_kernel[(tiles.shape[1] * num_column_tiles,)](
+            grad_ND, weight, dispatch.tokens_R, dispatch.order_R, gates_NK, tiles, rows_RF, back.active, back.grad_rows,
+            parts, grad_ND.stride(0), *_strides(weight, True), depth, num_columns, tiles.shape[1], num_column_tiles,
+            ACTIVATE=back.activate, **_constants(config),
+        )  # fmt: skip
+    return parts.sum(1).index_select(0, dispatch.inverse_R).view_as(gates_NK).to(gates_NK.dtype)
+
+
+def _grad_weights(
+    left: _Side,
+    right: _Side,
+    gates_NK: Tensor | None,
+    needed: Sequence[bool],
+    weights: Sequence[Tensor],
+    dispatch: Dispatch,
+) -> list[Tensor | None]:
+    """dW of every stack that needs it: the sum over an expert's rows of gate * left^T right."""
+    config = config_for("weights", left.rows)
+    bounds, first = _bounds(dispatch.sizes, left.rows.device), 0
+    grads: list[Tensor | None] = []
+    for weight, need in zip(weights, needed, strict=True):
+        grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need else None
+        if grad is not None and grad.numel():
+            tiles = triton.cdiv(weight.shape[1], config.rows), triton.cdiv(weight.shape[2], config.columns)
+            weights_kernel[(weight.shape[0] * tiles[0] * tiles[1],)](
+                left.rows, right.rows, dispatch.tokens_R if left.gathered else None,
+                dispatch.tokens_R if right.gathered else None, None if gates_NK is None else dispatch.order_R, gates_NK,
+                bounds[first:], grad, left.rows.stride(0), right.rows.stride(0), weight.shape[1], weight.shape[2],
+                *tiles, **_constants(config),
+            )  # fmt: skip
+        grads.append(grad)
+        first += weight.shape[0]
+    return grads
+
+
+def _launches(
+    weights: Sequence[Tensor], dispatch: Dispatch, config: Config, like: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each stack that has rows, with its tiles (3, tiles): expert in the stack, first row, one past the last."""
+    tables = _tiles(dispatch.sizes, tuple(weight.shape[0] for weight in weights), config.rows, like.device)
+    for weight, tiles in zip(weights, tables, strict=True):
+        if tiles.shape[1]:
+            yield weight, tiles
+
+
+@lru_cache(maxsize=64)
+def _tiles(sizes: tuple[int, ...], stacks: tuple[int, ...], rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    tables, first, number = [], 0, 0
+    for count in stacks:
+        lists: tuple[list[int], list[int], list[int]] = ([], [], [])
+        for expert, size in enumerate(sizes[number : number + count]):
+            for start in range(first, first + size, rows):
+                for column, value in zip(lists, (expert, start, first + size), strict=True):
+                    column.append(value)
+            first += size
+        number += count
+        tables.append(torch.tensor(lists, dtype=torch.int32).to(device))
+    return tuple(tables)
+
+
+@lru_cache(maxsize=64)
+def _bounds(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The first sorted row of every expert, and R."""
+    return torch.tensor((0, *sizes), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def _shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
+    return (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
+
+
+def _strides(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
+    expert, row, column = weight.stride()
+    return (expert, column, row) if transposed else (expert, row, column)
+
+
+def _constants(config: Config) -> dict[str, Any]:
+    return {
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "DEPTH": config.depth,
+        "PRECISION": "ieee",
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
