@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
+from mfext.config_checks import require_choices
 from mfext.config_evaluation import EvaluationConfig
 
 
@@ -173,6 +175,17 @@ class TrialRequest:
     def __post_init__(self) -> None:
         if self.number < 0:
             raise ValueError(f"number={self.number!r}: must be 0 or more")
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """This machine's speed and memory. `size` tiny only shows that it works: its ratios say nothing."""
+
+    size: Literal["small", "tiny"] = "small"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        require_choices(self)
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,14 @@ VERBS = (
         positional="run",
     ),
     Verb(
+        "bench",
+        "mfext.commands.bench",
+        "BenchRequest",
+        "speed and memory of this machine, against dense models and the plain formulation",
+        "mfext bench",
+        (Flag("--size", "size", "text", "small takes a minute; tiny only shows that it works", "NAME"), *_COMMON),
+    ),
+    Verb(
         "doctor",
         "mfext.commands.doctor",
         "DoctorRequest",

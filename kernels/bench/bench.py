@@ -1,4 +1,4 @@
-"""Measure mfext against its speed targets: `python kernels/bench/bench.py` (about four minutes on one thread).
+"""Measure mfext against its speed targets: `python kernels/bench/bench.py` (about six minutes on one thread).
 
 Prints one line per target, hit or MISSED, writes them as JSON, and ends with 1 if one was missed, 2 if a kernel
 or the model is wrong (nothing is timed then). Config S, random data, one thread, process CPU time.
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 import contestants  # noqa: E402
 import torch  # noqa: E402
-from measure import ROOT, child_peak_mb, interleaved_ms, peak_kb, surroundings  # noqa: E402
+from measure import ROOT, child_peak_mb, surroundings  # noqa: E402
 
+from mfext.commands import rivals  # noqa: E402
+from mfext.metrics.speed import Figure, interleaved_ms, peak_kb  # noqa: E402
+from mfext.model.build import new_model  # noqa: E402
 from mfext_kernels import self_check  # noqa: E402
 
 SHAPES = {256: 8, 512: 8, 1024: 2, 2048: 1}  # length: batch
@@ -31,43 +34,24 @@ DECODE_AT_LEAST = {128: 5.0, 512: 6.0, 2016: 25.0}
 EXPERTS_AT_MOST = {32: 1.25, 64: 1.35}
 MEMORY_AT_LEAST = {512: 3.5, 2048: 8.0}
 ATTENTION_AT_MOST = 1.3
+DENSE_LENGTHS = (256, 512)
+ACTIVE_AT_MOST, TOTAL_AT_LEAST = 1.3, 2.5
+GROWTH_AT_MOST = 0.75
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure against its target. `ratio` is compared with `target` in the direction of `rule`.
-
-    `counts` is False for a figure that is reported beside the targets and decides nothing.
-    """
-
-    number: int
-    what: str
-    ours: float
-    other: float
-    unit: str
-    ratio: float
-    rule: str
-    target: float
-    counts: bool = True
-
-    @property
-    def share(self) -> float:
-        """How much of the target is reached; 1 and more is a hit."""
-        return self.ratio / self.target if self.rule == "at least" else self.target / self.ratio
-
-    @property
-    def verdict(self) -> str:
-        return "hit" if self.share >= 1 else "MISSED"
-
-    def line(self) -> str:
-        note = "" if self.counts else "  (reported, not a target)"
-        return (
-            f"{self.number}  {self.what:<52} {self.ours:>9.1f} {self.other:>9.1f} {self.unit:<8}"
-            f"{self.ratio:>7.2f}x  {self.rule} {self.target:<5g} {self.share:>5.0%}  {self.verdict}{note}"
-        )
+def line(row: Figure) -> str:
+    note = "" if row.counts else "  (reported, not a target)"
+    return (
+        f"{row.number}  {row.what:<52} {row.ours:>9.1f} {row.other:>9.1f} {row.unit:<8}"
+        f"{row.ratio:>7.2f}x  {row.rule} {row.target:<5g} {row.share:>5.0%}  {verdict(row)}{note}"
+    )
 
 
-def whole_model() -> Iterator[Row]:
+def verdict(row: Figure) -> str:
+    return "hit" if row.hit else "MISSED"
+
+
+def whole_model() -> Iterator[Figure]:
     """Targets 1 and 2: train step and evaluation forward against the published formulation."""
     mine, theirs = contestants.ours(), contestants.published()
     for length, batch in SHAPES.items():
@@ -75,41 +59,70 @@ def whole_model() -> Iterator[Row]:
         times = (5, 3) if length <= 256 else (5, 1)
         fast, slow = interleaved_ms(partial(mine.evaluate, ids), partial(theirs.evaluate, ids), *times)
         target = EVALUATE_AT_LEAST[length]
-        yield Row(2, f"eval forward {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target)
-        steps = partial(mine.train_step, ids, targets), partial(theirs.train_step, ids, targets)
+        yield Figure(
+            2, f"eval forward {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target
+        )
+        steps = mine.train_step(ids, targets), theirs.train_step(ids, targets)
         fast, slow = interleaved_ms(*steps, *times)
         target = TRAIN_AT_LEAST[length]
-        yield Row(1, f"train step {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target)
+        yield Figure(1, f"train step {batch} x {length} / published", fast, slow, "ms", slow / fast, "at least", target)
 
 
-def attention() -> Iterator[Row]:
+def attention() -> Iterator[Figure]:
     """Target 3: forward and backward against softmax SDPA; and where sticks last, which random data never shows."""
     for lasting in (False, True):
         for length in (512, 1024, 2048):
             batch = SHAPES[length]
-            fast, soft = interleaved_ms(*contestants.attention(batch, length, lasting), 7, 7)
+            runs = rivals.attention(batch, length, lasting)
+            fast, soft = interleaved_ms(runs.ours, runs.dense, 7, 7)
             name = f"attention {batch} x {length} / softmax SDPA" + (", lasting sticks" if lasting else "")
-            yield Row(3, name, fast, soft, "ms", fast / soft, "at most", ATTENTION_AT_MOST, counts=not lasting)
+            yield Figure(3, name, fast, soft, "ms", fast / soft, "at most", ATTENTION_AT_MOST, counts=not lasting)
 
 
-def experts() -> Iterator[Row]:
+def experts() -> Iterator[Figure]:
     """Target 4: the expert layer against a dense layer of equal active FLOPs."""
     for num_experts, target in EXPERTS_AT_MOST.items():
-        fast, dense = interleaved_ms(*contestants.expert_layer(num_experts), 11, 11)
-        yield Row(
+        runs = rivals.expert_layer(num_experts)
+        fast, dense = interleaved_ms(runs.ours, runs.dense, 11, 11)
+        yield Figure(
             4, f"experts E {num_experts}, K 2, 4096 tokens / dense", fast, dense, "ms", fast / dense, "at most", target
         )
 
 
-def memory() -> Iterator[Row]:
+def dense_models() -> Iterator[Figure]:
+    """Target 5: train steps against dense transformers of equal active FLOPs (A) and of equal total parameters (P)."""
+    ours = new_model(rivals.CONFIG_S)
+    dense = {size: new_model(rivals.dense_rival(rivals.CONFIG_S, size)) for size in ("active", "total")}
+    for length in DENSE_LENGTHS:
+        batch = SHAPES[length]
+        ids, targets = (torch.randint(0, 512, (batch, length)) for _ in range(2))
+        steps = {size: rivals.train_step(model, ids, targets) for size, model in dense.items()}
+        mine, what = rivals.train_step(ours, ids, targets), f"train step {batch} x {length} / Dense-"
+        fast, slow = interleaved_ms(mine, steps["active"], 3, 3)
+        yield Figure(5, what + "A", fast, slow, "ms", fast / slow, "at most", ACTIVE_AT_MOST)
+        fast, slow = interleaved_ms(mine, steps["total"], 3, 2)
+        yield Figure(5, what + "P", fast, slow, "ms", slow / fast, "at least", TOTAL_AT_LEAST)
+
+
+def growth() -> Iterator[Figure]:
+    """Target 8: a growth step in which only new experts and routers train against a full step of the same model."""
+    ids, targets = (torch.randint(0, 512, (SHAPES[256], 256)) for _ in range(2))
+    for layers in ("all", "top_half"):
+        steps = rivals.growth_steps(rivals.CONFIG_S, replace(rivals.NEW_EXPERTS, layers=layers), ids, targets)
+        fast, full = interleaved_ms(*steps, 3, 3)
+        what = f"growth step {SHAPES[256]} x 256, layers {layers} / full step"
+        yield Figure(8, what, fast, full, "ms", fast / full, "at most", GROWTH_AT_MOST, counts=layers == "all")
+
+
+def memory() -> Iterator[Figure]:
     """Target 6: peak memory of one train step over process start, each in a process of its own."""
     for length, target in MEMORY_AT_LEAST.items():
         fast, slow = (child_peak_mb(["--peak-of", which, "--length", str(length)]) for which in ("ours", "published"))
         name = f"peak training memory {SHAPES[length]} x {length} / published"
-        yield Row(6, name, fast, slow, "MB", slow / fast, "at least", target)
+        yield Figure(6, name, fast, slow, "MB", slow / fast, "at least", target)
 
 
-def decoding() -> Iterator[Row]:
+def decoding() -> Iterator[Figure]:
     """Target 7: tokens per second after a prompt, one sequence."""
     mine, theirs = contestants.ours(), contestants.published()
     count = 16
@@ -117,10 +130,18 @@ def decoding() -> Iterator[Row]:
         ids = torch.randint(0, 512, (1, prompt))
         fast, slow = interleaved_ms(mine.prefill(ids, count), theirs.prefill(ids, count), 7, 3)
         per_second = [count * 1e3 / each for each in (fast, slow)]
-        yield Row(7, f"decode after {prompt} / published", *per_second, "tokens/s", slow / fast, "at least", target)
+        yield Figure(7, f"decode after {prompt} / published", *per_second, "tokens/s", slow / fast, "at least", target)
 
 
-PARTS = {"model": whole_model, "attention": attention, "experts": experts, "memory": memory, "decode": decoding}
+PARTS = {
+    "model": whole_model,
+    "attention": attention,
+    "experts": experts,
+    "dense": dense_models,
+    "memory": memory,
+    "decode": decoding,
+    "growth": growth,
+}
 
 
 def faults() -> list[str]:
@@ -138,7 +159,7 @@ def report_peak(which: str, length: int) -> None:
     start = peak_kb()
     contestant = contestants.ours() if which == "ours" else contestants.published()
     ids, targets = (torch.randint(0, 512, (SHAPES[length], length)) for _ in range(2))
-    contestant.train_step(ids, targets)
+    contestant.train_step(ids, targets)()
     print(json.dumps({"peak_mb": (peak_kb() - start) * 1024 / 1e6}))
 
 
@@ -167,10 +188,10 @@ def main() -> int:
     for name in arguments.only:
         for row in PARTS[name]():
             rows.append(row)
-            print(row.line(), flush=True)
-    missed = [row.what for row in rows if row.counts and row.verdict != "hit"]
+            print(line(row), flush=True)
+    missed = [row.what for row in rows if row.counts and not row.hit]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    results = [asdict(row) | {"share": row.share, "verdict": row.verdict} for row in rows]
+    results = [asdict(row) | {"share": row.share, "verdict": verdict(row)} for row in rows]
     arguments.out.write_text(json.dumps({"surroundings": about, "missed": missed, "rows": results}, indent=1) + "\n")
     print(f"{len(missed)} MISSED: {'; '.join(missed)}" if missed else "every target hit")
     return 1 if missed else 0

@@ -1,0 +1,189 @@
+"""What a ModuleFormer's speed is held against: dense transformers of equal size, single ops dense and plain.
+
+Shared by `mfext bench` and by the long bench of a checkout. Random data; float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfext.config import GrowthConfig, ModelConfig
+from mfext.growth.apply import apply_plan, set_trainable
+from mfext.growth.plan import count_parameters, plan_growth
+from mfext.metrics.speed import Run, peak_kb
+from mfext.model.build import new_model
+from mfext.model.language_model import LanguageModel
+from mfext.model.losses import language_loss, routing_loss
+from mfext.model.moduleformer import ModuleFormer
+from mfext.training.methods.full import Full
+from mfext.training.methods.grow import Grow
+from mfext_kernels.grouped_linear import expert_feedforward
+from mfext_kernels.routing import make_dispatch
+from mfext_kernels.stickbreaking import stickbreaking_attention
+
+CONFIG_S = ModelConfig(
+    vocab_size=512,
+    d_model=256,
+    num_layers=6,
+    num_heads=4,
+    d_attention=128,
+    attention_experts=8,
+    attention_experts_per_token=2,
+    feedforward_experts=16,
+    feedforward_experts_per_token=2,
+    d_feedforward=256,
+    d_router=64,
+)
+DENSE_HEAD = 32
+NEW_EXPERTS = GrowthConfig(embedding_rank=0, head_rank=0)
+Size = Literal["active", "total"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One op's forward and backward: ours, a dense op of equal FLOPs, and ours as the plain formulation writes it."""
+
+    ours: Run
+    dense: Run
+    plain: Run
+
+
+def dense_rival(config: ModelConfig, size: Size) -> ModelConfig:
+    """A dense transformer with as many active parameters a token as `config` (and as many attention heads as its
+    experts have together), or with as many in all (twice as wide): its feed-forward width makes the count equal."""
+    wide = config.attention_experts_per_token * config.d_attention
+    width, attended = (config.d_model, wide) if size == "active" else (2 * config.d_model, 2 * config.d_model)
+    narrow = replace(
+        config,
+        architecture="dense",
+        d_model=width,
+        d_attention=attended,
+        num_heads=max(1, attended // DENSE_HEAD),
+        attention_experts=1,
+        attention_experts_per_token=1,
+        feedforward_experts=1,
+        feedforward_experts_per_token=1,
+        d_feedforward=1,
+        routing_loss_weight=0.0,
+        generations=(),
+    )
+    first, second = (_count(replace(narrow, d_feedforward=inner), size) for inner in (1, 2))
+    return replace(narrow, d_feedforward=max(1, 1 + round((_count(config, size) - first) / (second - first))))
+
+
+def _count(config: ModelConfig, size: Size) -> int:
+    counts = count_parameters(config)
+    return counts.total if size == "total" else counts.active_per_token
+
+
+def train_step(model: LanguageModel, ids_BT: Tensor, targets_BT: Tensor) -> Run:
+    """Forward, backward and fused AdamW of what requires a gradient."""
+    weight, kind = model.config.routing_loss_weight, model.config.routing_loss
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        output = model(ids_BT)
+        loss = language_loss(output.logits, targets_BT)
+        if weight:
+            loss = loss + weight * routing_loss(output.routings, None, kind)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def decode(model: LanguageModel, prompt_BT: Tensor, count: int) -> Run:
+    """`count` greedy tokens after a prompt that is already in the cache."""
+    with torch.no_grad():
+        cache = model.new_cache(len(prompt_BT), prompt_BT.shape[1] + 2 * count)
+        first = model(prompt_BT, cache=cache).logits[:, -1]
+    filled = cache.length
+
+    @torch.no_grad()
+    def run() -> None:
+        cache.length = filled
+        logits = first
+        for _ in range(count):
+            logits = model(logits.argmax(-1, keepdim=True), cache=cache).logits[:, -1]
+
+    return run
+
+
+def growth_steps(config: ModelConfig, growth: GrowthConfig, ids_BT: Tensor, targets_BT: Tensor) -> tuple[Run, Run]:
+    """Train steps of one grown model whose gate is open on every token: of the new experts and routers alone, and of
+    every parameter. The text of the new domain costs most; where the gate is closed new experts cost nothing."""
+    steps = []
+    for method in (Grow(), Full()):
+        model = ModuleFormer(config)
+        apply_plan(model, plan_growth(config, growth, "new"))
+        gate = model.generation(1).gate
+        assert gate is not None, "mode gated"
+        with torch.no_grad():
+            for name, parameter in gate.named_parameters():
+                parameter.fill_(50.0 if name.endswith("bias") else 0.0)
+        set_trainable(model, method.trainable(model))
+        steps.append(train_step(model, ids_BT, targets_BT))
+    return steps[0], steps[1]
+
+
+def attention(batch: int, length: int, lasting: bool) -> Runs:
+    """Stick-breaking attention of config S, and softmax SDPA with as many heads (K*H = 8) of the same width.
+
+    `lasting`: logits near -3, where sticks last long and no key can be passed over.
+    """
+    chosen, heads, width = 2, 4, 32
+    q, k, v = (torch.randn(batch, length, *shape) for shape in ((chosen, heads, width), (heads, width), (heads, width)))
+    if lasting:
+        q *= 0.5
+        q[..., 0], k[..., 0] = 1.0, -3 * width**0.5
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    grad = torch.randn_like(q)
+    soft = [torch.randn(batch, chosen * heads, length, width, requires_grad=True) for _ in range(3)]
+    soft_grad = torch.randn(batch, chosen * heads, length, width)
+
+    def run(backend: Literal["reference"] | None) -> Run:
+        return lambda: torch.autograd.grad(stickbreaking_attention(q, k, v, None, backend), leaves, grad)
+
+    def run_softmax() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(*soft, is_causal=True), soft, soft_grad)
+
+    return Runs(run(None), run_softmax, run("reference"))
+
+
+def expert_layer(num_experts: int, tokens: int = 4096) -> Runs:
+    """E experts, K 2 (sorting included), and a dense layer of equal active FLOPs."""
+    width, inner, chosen = 256, 256, 2
+    experts_NK = torch.rand(tokens, num_experts).topk(chosen, dim=-1).indices
+    x, gates, grad = torch.randn(tokens, width), torch.rand(tokens, chosen), torch.randn(tokens, width)
+    up, down = torch.randn(num_experts, width, inner), torch.randn(num_experts, inner, width)
+    dense_up, dense_down = torch.randn(width, chosen * inner), torch.randn(chosen * inner, width)
+    leaves = [tensor.requires_grad_() for tensor in (x, gates, up, down)]
+    dense_leaves = [tensor.requires_grad_() for tensor in (x, dense_up, dense_down)]
+
+    def run(backend: Literal["reference"] | None) -> Run:
+        def ours() -> None:
+            y = expert_feedforward(x, [up], [down], gates, make_dispatch(experts_NK, num_experts), backend)
+            torch.autograd.grad(y, leaves, grad)
+
+        return ours
+
+    def run_dense() -> None:
+        torch.autograd.grad(F.gelu(x @ dense_up, approximate="tanh") @ dense_down, dense_leaves, grad)
+
+    return Runs(run(None), run_dense, run("reference"))
+
+
+def peak_train_bytes(config: ModelConfig, batch: int, length: int, threads: int) -> int:
+    """Peak memory of one train step over what the process held before it; run it in a process of its own."""
+    torch.set_num_threads(threads)
+    start = peak_kb()
+    ids_BT = torch.randint(0, config.vocab_size, (batch, length))
+    train_step(new_model(config), ids_BT, ids_BT)()
+    return (peak_kb() - start) * 1024
