@@ -93,7 +93,7 @@ def train_step(model: LanguageModel, ids_BT: Tensor, targets_BT: Tensor) -> Run:
         loss = language_loss(output.logits, targets_BT)
         if weight:
             loss = loss + weight * routing_loss(output.routings, None, kind)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
 
     return step
@@ -145,14 +145,15 @@ def attention(batch: int, length: int, lasting: bool) -> Runs:
         q[..., 0], k[..., 0] = 1.0, -3 * width**0.5
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     grad = torch.randn_like(q)
-    soft = [torch.randn(batch, chosen * heads, length, width, requires_grad=True) for _ in range(3)]
+    soft_q, soft_k, soft_v = (torch.randn(batch, chosen * heads, length, width, requires_grad=True) for _ in range(3))
     soft_grad = torch.randn(batch, chosen * heads, length, width)
 
     def run(backend: Literal["reference"] | None) -> Run:
         return lambda: torch.autograd.grad(stickbreaking_attention(q, k, v, None, backend), leaves, grad)
 
     def run_softmax() -> None:
-        torch.autograd.grad(F.scaled_dot_product_attention(*soft, is_causal=True), soft, soft_grad)
+        o = F.scaled_dot_product_attention(soft_q, soft_k, soft_v, is_causal=True)
+        torch.autograd.grad(o, (soft_q, soft_k, soft_v), soft_grad)
 
     return Runs(run(None), run_softmax, run("reference"))
 
