@@ -58,9 +58,10 @@ def _store(rows_at, rows, row_stride, valid, values, WIDTH: tl.constexpr, PADDED
 @triton.jit
 def _load_starts(starts, batch, rows, valid, length, CHOSEN: tl.constexpr):
     """The first visible key of every row."""
-    if starts is None:
-        return tl.zeros_like(rows)
-    return tl.load(starts + batch * length + rows // CHOSEN, mask=valid, other=0).to(tl.int32)
+    first_keys = tl.zeros_like(rows)
+    if starts is not None:
+        first_keys = tl.load(starts + batch * length + rows // CHOSEN, mask=valid, other=0).to(tl.int32)
+    return first_keys
 
 
 @triton.jit
