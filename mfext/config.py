@@ -17,6 +17,7 @@ from typing import Literal
 
 from mfext.config_checks import require, require_at_least, require_choices
 from mfext.config_evaluation import EvaluationConfig
+from mfext.config_gate import DomainGateConfig
 from mfext.config_machine import LoggerConfig, TrainerConfig
 from mfext.config_methods import ConcentrateConfig, EwcConfig, ExpandConfig, LoraConfig, LwfConfig, ReplayConfig
 
@@ -41,28 +42,6 @@ def check_name(name: str) -> str:
         rule = "letters, digits, '.', '_', '-', at most 64, starting with a letter or digit"
         raise ValueError(f"name={name!r}: must be {rule}")
     return name
-
-
-@dataclass(frozen=True)
-class DomainGateConfig:
-    """Shape of one causal domain gate, and where its probability opens it.
-
-    The gate is exactly 0 below `opens_at`, exactly 1 above `full_at`, linear between.
-    """
-
-    d_embedding: int = 32
-    d_convolution: int = 64
-    convolution_width: int = 8
-    decays: tuple[float, ...] = (0.9, 0.97, 0.99)
-    d_hidden: int = 64
-    opens_at: float = 0.5
-    full_at: float = 0.95
-
-    def __post_init__(self) -> None:
-        require_at_least(1, self, "d_embedding", "d_convolution", "convolution_width", "d_hidden")
-        require(self, "decays", all(0 < decay < 1 for decay in self.decays), "between 0 and 1")
-        require(self, "opens_at", 0 <= self.opens_at < self.full_at, f"from 0 to below full_at ({self.full_at})")
-        require(self, "full_at", self.full_at <= 1, "at most 1")
 
 
 @dataclass(frozen=True)
@@ -93,15 +72,35 @@ class GenerationConfig:
         )
         for key in ("attention_experts", "feedforward_experts"):
             require(self, key, all(count >= 0 for count in getattr(self, key)), "zero or more in every layer")
+        for kind in ("attention", "feedforward"):
+            self._check_chosen(kind)
         require_at_least(0, self, "embedding_rank", "head_rank", "key_value_rank")
         changes = self.embedding_rank or self.head_rank or self.key_value_rank or self.norms
         rule = "gated where embedding, head, keys, values or norms change (only a gate can switch a change off)"
         require(self, "mode", self.mode == "gated" or not changes, rule)
 
+    def _check_chosen(self, kind: str) -> None:
+        """A router of its own finds enough to choose from in every layer that has experts; null is a choice too."""
+        fewest = min((count for count in getattr(self, f"{kind}_experts") if count), default=None)
+        if fewest is not None and not self.joins_softmax:
+            most = fewest + (self.mode == "side")
+            rule = f"between 1 and the choices of the smallest bank ({most})"
+            require(self, f"{kind}_experts_per_token", 1 <= self.experts_per_token(kind) <= most, rule)
+
     @property
     def joins_softmax(self) -> bool:
         """True where its experts stand behind the base's in one softmax (compete, preserve)."""
         return self.mode in ("compete", "preserve")
+
+    def experts(self, kind: str, layer: int) -> int:
+        """E of its bank of this kind ("attention", "feedforward") in this layer."""
+        count: int = getattr(self, f"{kind}_experts")[layer]
+        return count
+
+    def experts_per_token(self, kind: str) -> int:
+        """K of its banks of this kind; in one softmax with the base's experts the base's K counts."""
+        chosen: int = getattr(self, f"{kind}_experts_per_token")
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ class ModelConfig:
 
     `architecture` dense is a softmax transformer without experts, to judge it by: every count of experts is 1,
     `d_attention` and `d_feedforward` are the widths of its one attention and feed-forward layer, and it cannot grow.
+    Expert counts are one number, or one a layer where pruning left banks of different sizes.
     """
 
     architecture: Architecture = "moduleformer"
@@ -118,9 +118,9 @@ class ModelConfig:
     num_layers: int = 4
     num_heads: int = 4
     d_attention: int = 160
-    attention_experts: int = 6
+    attention_experts: int | tuple[int, ...] = 6
     attention_experts_per_token: int = 2
-    feedforward_experts: int = 8
+    feedforward_experts: int | tuple[int, ...] = 8
     feedforward_experts_per_token: int = 2
     d_feedforward: int = 320
     router: RouterKind = "mlp"
@@ -143,9 +143,7 @@ class ModelConfig:
         rule = f"a multiple of num_heads ({self.num_heads})"
         require(self, "d_attention", self.d_attention % self.num_heads == 0, rule)
         for kind in ("attention", "feedforward"):
-            chosen, experts = getattr(self, f"{kind}_experts_per_token"), getattr(self, f"{kind}_experts")
-            rule = f"between 1 and {kind}_experts ({experts})"
-            require(self, f"{kind}_experts_per_token", 1 <= chosen <= experts, rule)
+            self._check_experts(kind)
         for key in ("bos_id", "eos_id", "pad_id"):
             rule = f"a token id below vocab_size ({self.vocab_size})"
             require(self, key, 0 <= getattr(self, key) < self.vocab_size, rule)
@@ -161,6 +159,18 @@ class ModelConfig:
         if self.architecture == "dense":
             self._check_dense()
 
+    def _check_experts(self, kind: str) -> None:
+        """One count a layer becomes one number where all are equal, so that equal models have equal configs."""
+        key, counts = f"{kind}_experts", getattr(self, f"{kind}_experts")
+        if isinstance(counts, tuple):
+            rule = f"one number, or one a layer ({self.num_layers})"
+            require(self, key, len(counts) == self.num_layers, rule)
+            if len(set(counts)) == 1:
+                object.__setattr__(self, key, counts[0])
+        fewest = min(self.experts(kind, layer) for layer in range(self.num_layers))
+        rule = f"between 1 and {key} ({fewest})"
+        require(self, f"{key}_per_token", 1 <= self.experts_per_token(kind) <= fewest, rule)
+
     def _check_dense(self) -> None:
         for kind in ("attention", "feedforward"):
             require(self, f"{kind}_experts", getattr(self, f"{kind}_experts") == 1, "1 where architecture is dense")
@@ -168,6 +178,16 @@ class ModelConfig:
         require(self, "generations", not self.generations, "empty where architecture is dense")
         rule = f"an even width a head ({self.num_heads} heads): rotary positions turn pairs"
         require(self, "d_attention", self.d_head % 2 == 0, rule)
+
+    def experts(self, kind: str, layer: int) -> int:
+        """E of the base's bank of this kind ("attention", "feedforward") in this layer."""
+        counts: int | tuple[int, ...] = getattr(self, f"{kind}_experts")
+        return counts if isinstance(counts, int) else counts[layer]
+
+    def experts_per_token(self, kind: str) -> int:
+        """K of the base's banks of this kind."""
+        chosen: int = getattr(self, f"{kind}_experts_per_token")
+        return chosen
 
     @property
     def d_head(self) -> int:

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mfext.errors import InputError
 
 T = TypeVar("T")
+# Which values a choice of a union is tried for; any other choice is a list.
+_TAKEN: Mapping[Any, type | tuple[type, ...]] = {str: str, int: (int, float)}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -104,8 +106,7 @@ def _convert_union(choices: tuple[Any, ...], value: object, path: str) -> Any:
     if len(choices) == 1:
         return _convert(choices[0], value, path)
     for choice in choices:
-        matches = isinstance(value, str) if choice is str else isinstance(value, (list, tuple))
-        if matches:
+        if isinstance(value, _TAKEN.get(choice, (list, tuple))):
             return _convert(choice, value, path)
     raise _refuse(path, value, " or ".join(_name(choice) for choice in choices))
 

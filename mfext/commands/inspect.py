@@ -98,11 +98,11 @@ def _sites(config: ModelConfig) -> list[dict[str, object]]:
         {
             "layer": layer,
             "kind": kind,
-            "experts": [base, *(getattr(each, f"{kind}_experts")[layer] for each in config.generations)],
-            "per_token": getattr(config, f"{kind}_experts_per_token"),
+            "experts": [config.experts(kind, layer), *(each.experts(kind, layer) for each in config.generations)],
+            "per_token": config.experts_per_token(kind),
         }
         for layer in range(config.num_layers)
-        for kind, base in (("attention", config.attention_experts), ("feedforward", config.feedforward_experts))
+        for kind in ("attention", "feedforward")
     ]
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from mfext.config import DomainGateConfig, ExpertInitialisation, GenerationConfig, GrowthConfig, ModelConfig
+from mfext.config import ExpertInitialisation, GenerationConfig, GrowthConfig, ModelConfig
+from mfext.config_gate import DomainGateConfig
 from mfext.errors import InputError
 from mfext.growth.growable import require_growable
 from mfext.model.build import new_model
@@ -47,7 +48,35 @@ class AddBlocks:
     layers: tuple[int, ...]
 
 
-Operation = FreezeExperts | AddExperts | RemoveExperts | AddBlocks
+@dataclass(frozen=True)
+class BankCut:
+    """Which of the `of` experts of one bank stay: numbers in the bank, rising. `generation` 0 is the base."""
+
+    layer: int
+    kind: str
+    generation: int
+    kept: tuple[int, ...]
+    of: int
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """(layer, kind, generation)."""
+        return self.layer, self.kind, self.generation
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """The numbers of the experts that leave."""
+        return tuple(expert for expert in range(self.of) if expert not in self.kept)
+
+
+@dataclass(frozen=True)
+class PruneExperts:
+    """Experts leave their banks; those that stay are renumbered in their order. No cut, no change."""
+
+    cuts: tuple[BankCut, ...]
+
+
+Operation = FreezeExperts | AddExperts | RemoveExperts | AddBlocks | PruneExperts
 
 
 @dataclass(frozen=True)
@@ -147,7 +176,12 @@ def plan_expansion(config: ModelConfig, blocks: int) -> Plan:
         raise InputError(f"expand.blocks={blocks}", "growth", f"at most one a layer ({config.num_layers})")
     after_old = [(group + 1) * config.num_layers // blocks - 1 for group in range(blocks)]
     layers = tuple(old + 1 + number for number, old in enumerate(after_old))
-    after = replace(config, num_layers=config.num_layers + blocks)
+    sources = sorted([*range(config.num_layers), *after_old])
+    counts = {
+        f"{kind}_experts": tuple(config.experts(kind, layer) for layer in sources)
+        for kind in ("attention", "feedforward")
+    }
+    after = replace(config, num_layers=len(sources), **counts)  # type: ignore[arg-type]
     return Plan(config, (FreezeExperts(("base",)), AddBlocks(layers)), after)
 
 
@@ -229,25 +263,17 @@ def _idle(config: ModelConfig, shapes: Mapping[str, int]) -> int:
     """Parameters one token does not touch: experts not chosen, embedding rows of other tokens."""
     idle = shapes["embedding.weight"] // config.vocab_size * (config.vocab_size - 1)
     for name, size in shapes.items():
-        kind = "attention" if name.endswith(("query", "experts.output", "attention.output")) else "feedforward"
-        if name.startswith("blocks.") and ".experts." in name:
-            experts, chosen = (
-                (config.attention_experts, config.attention_experts_per_token)
-                if kind == "attention"
-                else (config.feedforward_experts, config.feedforward_experts_per_token)
-            )
-            idle += size // experts * (experts - chosen)
-        elif name.startswith("generations.") and name.endswith(
-            ("attention.query", "attention.output", "feedforward.up", "feedforward.down")
-        ):
-            generation = config.generations[int(name.split(".")[1])]
-            layer = int(name.split(".")[3])
-            if generation.joins_softmax:  # K of all in one softmax: as many matrices as before
-                idle += size
-            elif kind == "attention":
-                experts = generation.attention_experts[layer]
-                idle += size // experts * (experts - generation.attention_experts_per_token)
-            else:
-                experts = generation.feedforward_experts[layer]
-                idle += size // experts * (experts - generation.feedforward_experts_per_token)
+        words = name.split(".")
+        owner: ModelConfig | GenerationConfig = config
+        if words[0] == "blocks" and words[3] == "experts":
+            layer, kind = int(words[1]), words[2]
+        elif words[0] == "generations" and words[4:5] in (["attention"], ["feedforward"]):
+            layer, kind, owner = int(words[3]), words[4], config.generations[int(words[1])]
+        else:
+            continue
+        if isinstance(owner, GenerationConfig) and owner.joins_softmax:  # K of all in one softmax: as many as before
+            idle += size
+        else:
+            experts = owner.experts(kind, layer)
+            idle += size // experts * max(experts - owner.experts_per_token(kind), 0)
     return idle

@@ -116,9 +116,7 @@ def new_expert_mass(model: ModuleFormer, output: ModelOutput) -> Tensor:
     sites = sum(count > 0 for count in newest.attention_experts + newest.feedforward_experts)
     mass = output.logits.new_zeros(())
     for routing in (each for each in output.routings if each.generation == number):
-        counts = newest.attention_experts if routing.site.kind == "attention" else newest.feedforward_experts
-        count = counts[routing.site.layer]
-        first = routing.num_experts - count
+        first = routing.num_experts - newest.experts(routing.site.kind, routing.site.layer)
         new_MK = (routing.experts_MK >= first) & (routing.experts_MK < routing.num_experts)
         mass_M = (routing.gates_MK * new_MK).sum(1)
         if newest.gate is not None and output.gates is not None:

@@ -85,9 +85,10 @@ def config_from_published(mapping: Mapping[str, object]) -> ModelConfig:
 def published_config(config: ModelConfig) -> dict[str, object]:
     """The published config of ours; the inverse of `config_from_published`.
 
-    Raises InputError for a grown model: the published layout has no place for generations.
+    Raises InputError for a grown model, and for one whose layers have different counts of experts: the published
+    layout has no place for either.
     """
-    _refuse_generations(config)
+    _refuse_what_has_no_place(config)
     if config.layer_norm_eps != _LAYER_NORM_EPS:
         raise InputError(
             f"cannot export {config.layer_norm_eps!r}",
@@ -116,7 +117,7 @@ def tensors_from_published(tensors: Mapping[str, Tensor], config: ModelConfig) -
     Raises InputError naming the first tensor that is missing, unknown, wrongly shaped, not
     floating point, or holds a NaN or infinity.
     """
-    _refuse_generations(config)
+    _refuse_what_has_no_place(config)
     converted, used = {}, set()
     for entry in _entries(config):
         if entry.published not in tensors:
@@ -135,7 +136,7 @@ def tensors_from_published(tensors: Mapping[str, Tensor], config: ModelConfig) -
 
 def published_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The published tensors of ours; the inverse of `tensors_from_published`, with the same checks."""
-    _refuse_generations(config)
+    _refuse_what_has_no_place(config)
     converted = {}
     for entry in _entries(config):
         if entry.ours not in tensors:
@@ -176,15 +177,16 @@ def _entries(config: ModelConfig) -> Iterator[_Entry]:
         for their_norm, our_norm in (("ln_1", "attention_norm"), ("ln_2", "feedforward_norm")):
             for part in ("weight", "bias"):
                 yield _same(f"{theirs}.{their_norm}.{part}", f"{ours}.{our_norm}.{part}", d_model)
-        yield from _attention_entries(config, f"{theirs}.attn", f"{ours}.attention")
-        yield from _feedforward_entries(config, f"{theirs}.mlpf", f"{ours}.feedforward")
+        yield from _attention_entries(config, layer)
+        yield from _feedforward_entries(config, layer)
     for part in ("weight", "bias"):
         yield _same(f"transformer.ln_f.{part}", f"final_norm.{part}", d_model)
     yield _same("lm_head.weight", "lm_head.weight", vocab, d_model)
 
 
-def _attention_entries(config: ModelConfig, theirs: str, ours: str) -> Iterator[_Entry]:
-    experts, d_model, d_attention = config.attention_experts, config.d_model, config.d_attention
+def _attention_entries(config: ModelConfig, layer: int) -> Iterator[_Entry]:
+    theirs, ours = f"transformer.h.{layer}.attn", f"blocks.{layer}.attention"
+    experts, d_model, d_attention = config.experts("attention", layer), config.d_model, config.d_attention
     yield from _router_entries(config, f"{theirs}.q_proj.gate", f"{ours}.router", experts)
     yield _same(f"{theirs}.q_proj.experts.weight", f"{ours}.experts.query", experts, d_model, d_attention)
     yield _same(f"{theirs}.q_proj.output_experts.weight", f"{ours}.experts.output", experts, d_attention, d_model)
@@ -194,8 +196,9 @@ def _attention_entries(config: ModelConfig, theirs: str, ours: str) -> Iterator[
             yield _same(f"{theirs}.{their_part}.bias", f"{ours}.{our_part}.bias", d_attention)
 
 
-def _feedforward_entries(config: ModelConfig, theirs: str, ours: str) -> Iterator[_Entry]:
-    experts, d_model, d_feedforward = config.feedforward_experts, config.d_model, config.d_feedforward
+def _feedforward_entries(config: ModelConfig, layer: int) -> Iterator[_Entry]:
+    theirs, ours = f"transformer.h.{layer}.mlpf", f"blocks.{layer}.feedforward"
+    experts, d_model, d_feedforward = config.experts("feedforward", layer), config.d_model, config.d_feedforward
     yield from _router_entries(config, f"{theirs}.gate", f"{ours}.router", experts)
     yield _same(f"{theirs}.experts.weight", f"{ours}.experts.up", experts, d_model, d_feedforward)
     yield _same(f"{theirs}.output_experts.weight", f"{ours}.experts.down", experts, d_feedforward, d_model)
@@ -237,7 +240,15 @@ def _is_constant_buffer(name: str, tensor: Tensor, config: ModelConfig) -> bool:
     return False
 
 
-def _refuse_generations(config: ModelConfig) -> None:
+def _refuse_what_has_no_place(config: ModelConfig) -> None:
+    for key in ("attention_experts", "feedforward_experts"):
+        counts = getattr(config, key)
+        if isinstance(counts, tuple):
+            raise InputError(
+                "the published layout has one count of experts for all layers",
+                f"{key}={list(counts)}",
+                "prune with pruning.budget=per_layer, so that every layer keeps as many",
+            )
     if config.generations:
         names = ", ".join(generation.name for generation in config.generations)
         raise InputError("the published layout has no place for generations", names, "detach them first")

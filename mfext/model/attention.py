@@ -28,8 +28,8 @@ class ExpertAttention(nn.Module):
         super().__init__()
         self.config = config
         self.site = Site(layer, "attention")
-        self.router = Router(config.router, config.d_model, config.d_router, config.attention_experts)
-        self.experts = AttentionExperts(config.attention_experts, config.d_model, config.d_attention)
+        self.router = Router(config.router, config.d_model, config.d_router, config.experts("attention", layer))
+        self.experts = AttentionExperts(config.experts("attention", layer), config.d_model, config.d_attention)
         self.key = None if config.identity_keys_values else nn.Linear(config.d_model, config.d_attention)
         self.value = None if config.identity_keys_values else nn.Linear(config.d_model, config.d_attention)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfext.config import DomainGateConfig
+from mfext.config_gate import DomainGateConfig
 
 CHUNK = 64
 

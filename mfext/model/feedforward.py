@@ -21,8 +21,9 @@ class ExpertFeedForward(nn.Module):
         super().__init__()
         self.config = config
         self.site = Site(layer, "feedforward")
-        self.router = Router(config.router, config.d_model, config.d_router, config.feedforward_experts)
-        self.experts = FeedForwardExperts(config.feedforward_experts, config.d_model, config.d_feedforward)
+        num_experts = config.experts("feedforward", layer)
+        self.router = Router(config.router, config.d_model, config.d_router, num_experts)
+        self.experts = FeedForwardExperts(num_experts, config.d_model, config.d_feedforward)
 
     def forward(self, x_BTD: Tensor, shared: Pass) -> SiteOutput:
         """Residual update of normalised activations x (B, T, D)."""

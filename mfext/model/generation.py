@@ -49,7 +49,7 @@ class GenerationLayer(nn.Module):
 
     def __init__(self, config: GenerationConfig, model: ModelConfig, layer: int, num_features: int) -> None:
         super().__init__()
-        attention, feedforward = config.attention_experts[layer], config.feedforward_experts[layer]
+        attention, feedforward = config.experts("attention", layer), config.experts("feedforward", layer)
 
         def router(num_experts: int) -> nn.Module:
             if config.joins_softmax:

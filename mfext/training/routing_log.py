@@ -72,9 +72,7 @@ def _sizes(routing: Routing) -> tuple[int, ...]:
 
 
 def _new_experts(routing: Routing, config: ModelConfig) -> int:
-    newest = config.generations[-1]
-    counts = newest.attention_experts if routing.site.kind == "attention" else newest.feedforward_experts
-    return counts[routing.site.layer]
+    return config.generations[-1].experts(routing.site.kind, routing.site.layer)
 
 
 def _joint_share(routings: Sequence[tuple[Routing, int]]) -> float:

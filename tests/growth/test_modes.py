@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mfext.config import DomainGateConfig, GrowthConfig
+from mfext.config import GrowthConfig
+from mfext.config_gate import DomainGateConfig
 from mfext.errors import InputError
 from mfext.growth.apply import apply_plan, set_trainable
 from mfext.growth.growing import grow as grow_and_check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfext.config import DomainGateConfig
+from mfext.config_gate import DomainGateConfig
 from mfext.model.domain_gate import DomainGate
 
 VOCABULARY = 20

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfext.config import DomainGateConfig, GenerationConfig, GrowthMode, ModelConfig
+from mfext.config import GenerationConfig, GrowthMode, ModelConfig
+from mfext.config_gate import DomainGateConfig
 from mfext.model.generate import Sampling, pad_left
 from mfext.model.language_model import ModelOutput
 from mfext.model.moduleformer import ModuleFormer
