@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Op = Literal["attention_forward", "attention_backward", "attention_decode", "rows", "weights", "cross_entropy"]
+Op = Literal[
+    "attention_forward", "attention_backward", "attention_decode", "rows", "grad_rows", "weights", "cross_entropy"
+]
 NARROW = 64  # numbers of a row
 
 
@@ -37,6 +39,7 @@ _SMALL: Mapping[Op, Sizes] = {
     "attention_backward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(32, 32, 0, 8, 1)),
     "attention_decode": (Config(16, 64, 0, 4, 2), Config(16, 64, 0, 4, 1), Config(16, 32, 0, 4, 1)),
     "rows": (Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 16, 8, 2)),
+    "grad_rows": (Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 16, 8, 2)),
     "weights": (Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 16, 8, 2)),
     "cross_entropy": (Config(1, 2048, 0, 4, 1), Config(1, 2048, 0, 4, 1), Config(1, 2048, 0, 4, 1)),
 }
@@ -45,6 +48,7 @@ _LARGE: Mapping[Op, Sizes] = {
     "attention_backward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(32, 32, 0, 8, 1)),
     "attention_decode": (Config(16, 128, 0, 4, 2), Config(16, 64, 0, 4, 2), Config(16, 32, 0, 4, 2)),
     "rows": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 16, 8, 2)),
+    "grad_rows": (Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 16, 8, 2)),
     "weights": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 16, 8, 2)),
     "cross_entropy": (Config(1, 4096, 0, 8, 1), Config(1, 4096, 0, 8, 1), Config(1, 4096, 0, 8, 1)),
 }
@@ -56,6 +60,7 @@ _INTERPRETER: Mapping[Op, Sizes] = {
     "attention_backward": (_TINY, _TINY, _TINY),
     "attention_decode": (_TINY, _TINY, _TINY),
     "rows": (_TINY, _TINY, _TINY),
+    "grad_rows": (_TINY, _TINY, _TINY),
     "weights": (_TINY, _TINY, _TINY),
     "cross_entropy": (_TINY, _TINY, _TINY),
 }

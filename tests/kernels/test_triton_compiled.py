@@ -25,7 +25,7 @@ CONFIG_OF: dict[str, Op] = {
     "decode_kernel": "attention_decode",
     "join_kernel": "attention_decode",
     "rows_kernel": "rows",
-    "grad_rows_kernel": "rows",
+    "grad_rows_kernel": "grad_rows",
     "weights_kernel": "weights",
     "cross_entropy_kernel": "cross_entropy",
 }
@@ -33,6 +33,9 @@ FLOATS = {"sticks", "sums", "parts", "lefts", "grad_k", "grad_v", "grad_gates", 
 LONGS = {"starts", "tokens", "order", "left_tokens", "right_tokens", "targets"}
 INTEGERS = {"first_tiles", "tiles", "bounds"}
 INPUTS = {"q", "k", "v", "out", "grad_out", "grad_q", "x", "weight", "gates", "hidden", "grad", "own_rows", "active"}
+MULTIPLES = {"k_batch", "k_key", "k_head", "v_batch", "v_key", "v_head", "x_stride", "grad_stride", "expert_stride"}
+MULTIPLES |= {"depth_stride", "column_stride", "left_stride", "right_stride", "row_stride"}
+MULTIPLES |= {"depth", "num_columns", "num_rows"}
 INPUTS |= {"grad_rows", "left", "right", "logits"}
 
 
@@ -81,9 +84,15 @@ def compiled(name: str, capability: int, dtype: str, width: int = NARROW, bare: 
     known = constants(config, width, bare)
     if name == "grad_rows_kernel" and bare:
         del known["tokens"], known["gates"]
+    if not bare:  # what a launch finds out by itself: side by side, and lengths and strides in multiples of 16
+        known |= {"depth_stride" if name == "grad_rows_kernel" else "column_stride": 1}
     signature = {each: "constexpr" if each in known else type_of(each, dtype) for each in kernel.arg_names}
     given = {each: known[each] for each in kernel.arg_names if each in known}
-    aligned = [number for number, kind in enumerate(signature.values()) if kind.startswith("*")]
+    aligned = [
+        number
+        for number, (each, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and not bare and each in MULTIPLES)
+    ]
     attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
     return compile_kernel(
         ASTSource(kernel, signature, given, attributes),

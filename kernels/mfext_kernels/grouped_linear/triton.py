@@ -343,7 +343,7 @@ def _grad_rows(
     """Fill what `back` asks for -> the gates' gradients (N, K)."""
     if not back.needed:
         return None
-    config = config_for("rows", grad_ND)
+    config = config_for("grad_rows", grad_ND)
     depth, num_columns = _shape(weights[0], True)
     num_column_tiles = triton.cdiv(num_columns, config.columns)
     parts = torch.empty(rows_RF.shape[0], num_column_tiles, device=grad_ND.device)
