@@ -33,6 +33,16 @@ SHAPES = {
     "keys and values are the input": ModelConfig(
         d_model=32, num_layers=2, num_heads=1, d_attention=32, d_feedforward=24
     ),
+    "other counts of experts in every bank": ModelConfig(
+        d_model=16,
+        num_layers=3,
+        num_heads=2,
+        d_attention=16,
+        d_feedforward=24,
+        d_router=8,
+        attention_experts=(2, 9, 4),
+        feedforward_experts=(5, 2, 12),
+    ),
     "feed-forward narrower than attention": ModelConfig(
         d_model=16, num_layers=1, num_heads=2, d_attention=48, d_feedforward=8
     ),

@@ -48,8 +48,12 @@ class LayerTensors:
 
 
 class _Site(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("norm_w", "norm_b", "hidden_w", "hidden_b", "output_w", "enter", "leave")
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("norm_w", "norm_b", "hidden_w", "hidden_b", "output_w", "enter", "leave")
+        ),
+        ("num_experts", ctypes.c_int32),
     )
 
 
@@ -67,10 +71,7 @@ class _Shape(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("num_layers", "d_model", "num_heads", "d_head", "d_router", "d_feedforward", "capacity")
         ),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("attention_experts", "attention_chosen", "feedforward_experts", "feedforward_chosen")
-        ),
+        *((name, ctypes.c_int32) for name in ("attention_chosen", "feedforward_chosen")),
         ("eps", ctypes.c_float),
     )
 
@@ -102,12 +103,11 @@ class DecodeStep:
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
         self._shape = _Shape(
             len(layers), first.attention.enter.shape[1], heads, width, sites[0].hidden_weight.shape[0],
-            sites[1].enter.shape[2], capacity, sites[0].enter.shape[0], sites[0].num_chosen, sites[1].enter.shape[0],
-            sites[1].num_chosen, eps,
+            sites[1].enter.shape[2], capacity, sites[0].num_chosen, sites[1].num_chosen, eps,
         )  # fmt: skip
         shape = self._shape
         widest = max(heads * width, shape.d_feedforward)
-        experts = max(shape.attention_experts, shape.feedforward_experts)
+        experts = max(site.enter.shape[0] for layer in layers for site in (layer.attention, layer.feedforward))
         self._scratch = torch.empty(shape.d_model + shape.d_router + experts + 2 * widest)
         self._function = library.mfext_decode_step
         self._function.argtypes = (
@@ -153,7 +153,8 @@ def _site_tensors(site: SiteTensors) -> tuple[Tensor, ...]:
 
 def _layer(layer: LayerTensors) -> _Layer:
     sites = (
-        _Site(*(tensor.data_ptr() for tensor in _site_tensors(site))) for site in (layer.attention, layer.feedforward)
+        _Site(*(tensor.data_ptr() for tensor in _site_tensors(site)), site.enter.shape[0])
+        for site in (layer.attention, layer.feedforward)
     )
     projections = [tensor.data_ptr() for tensor in layer.projections] if layer.projections else [None] * 4
     return _Layer(*sites, *projections, layer.keys_values[0].data_ptr(), layer.keys_values[1].data_ptr())

@@ -11,6 +11,7 @@ typedef struct {
     const float *norm_weight, *norm_bias;                    /* (D) */
     const float *hidden_weight, *hidden_bias, *output_weight; /* router: (G, D), (G), (E, G) */
     const float *enter, *leave;                              /* experts: (E, D, W), (E, W, D) */
+    int32_t num_experts;                                     /* E, which pruning leaves different from site to site */
 } Site;
 
 typedef struct {
@@ -21,7 +22,7 @@ typedef struct {
 
 typedef struct {
     int32_t num_layers, d_model, num_heads, d_head, d_router, d_feedforward, capacity;
-    int32_t attention_experts, attention_chosen, feedforward_experts, feedforward_chosen;
+    int32_t attention_chosen, feedforward_chosen;
     float eps;
 } Shape;
 
@@ -62,8 +63,9 @@ static void layer_norm(float *y, const float *x, const Site *site, int n, float 
 
 /* The `chosen` most probable experts, in falling order, the lower number first among equals, and their
  * probabilities. `hidden` (G) and `probability` (E) are scratch. */
-static void choose(int *experts, float *gates, const float *x, const Site *site, const Shape *shape, int num_experts,
-                   int chosen, float *hidden, float *probability) {
+static void choose(int *experts, float *gates, const float *x, const Site *site, const Shape *shape, int chosen,
+                   float *hidden, float *probability) {
+    const int num_experts = site->num_experts;
     for (int i = 0; i < shape->d_router; i++) {
         const float h = dot(site->hidden_weight + (size_t)i * shape->d_model, x, shape->d_model) + site->hidden_bias[i];
         hidden[i] = 0.5f * h * (1 + erff(h * 0.70710678118654752f));
@@ -111,8 +113,8 @@ static void append(float *cache, const float *weight, const float *bias, const f
     }
 }
 
-/* `scratch` holds D + G + E + 2 * max(A, F) floats, E and the widths the largest of both kinds; at most 64 experts
- * are chosen. Keys before `start` are not seen. */
+/* `scratch` holds D + G + E + 2 * max(A, F) floats, E the largest of all sites, the widths of both kinds; at most 64
+ * experts are chosen. Keys before `start` are not seen. */
 void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t position, int32_t start, float *x, float *scratch) {
     const int d = shape->d_model, wide = shape->num_heads * shape->d_head, width = shape->d_head;
     float *normed = scratch, *hidden = normed + d, *first = hidden + shape->d_router;
@@ -125,7 +127,7 @@ void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t position
         layer_norm(normed, x, &layer->attention, d, shape->eps);
         append(layer->keys, layer->key_weight, layer->key_bias, normed, shape, position);
         append(layer->values, layer->value_weight, layer->value_bias, normed, shape, position);
-        choose(experts, gates, normed, &layer->attention, shape, shape->attention_experts, shape->attention_chosen, hidden, probability);
+        choose(experts, gates, normed, &layer->attention, shape, shape->attention_chosen, hidden, probability);
         for (int k = 0; k < shape->attention_chosen; k++) {
             const size_t at = (size_t)experts[k] * d * wide;
             memset(first, 0, sizeof(float) * wide);
@@ -138,7 +140,7 @@ void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t position
             add_product(x, second, layer->attention.leave + at, wide, d, gates[k]);
         }
         layer_norm(normed, x, &layer->feedforward, d, shape->eps);
-        choose(experts, gates, normed, &layer->feedforward, shape, shape->feedforward_experts, shape->feedforward_chosen, hidden, probability);
+        choose(experts, gates, normed, &layer->feedforward, shape, shape->feedforward_chosen, hidden, probability);
         for (int k = 0; k < shape->feedforward_chosen; k++) {
             const int f = shape->d_feedforward;
             const size_t at = (size_t)experts[k] * d * f;
