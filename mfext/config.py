@@ -20,6 +20,7 @@ from mfext.config_evaluation import EvaluationConfig
 from mfext.config_gate import DomainGateConfig
 from mfext.config_machine import LoggerConfig, TrainerConfig
 from mfext.config_methods import ConcentrateConfig, EwcConfig, ExpandConfig, LoraConfig, LwfConfig, ReplayConfig
+from mfext.config_pruning import PruningConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -367,6 +368,7 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     expand: ExpandConfig = field(default_factory=ExpandConfig)
     concentrate: ConcentrateConfig = field(default_factory=ConcentrateConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -34,7 +34,7 @@ from mfext.errors import InputError
 from mfext.paths import shipped_folder
 
 DEFAULT_RECIPES = {"grow": "grow_code", "continual": "stream_embedded", "pretrain": "pretrain_small"}
-GROUPS = ("model", "growth", "method", "training", "trainer", "logger")
+GROUPS = ("model", "growth", "method", "pruning", "training", "trainer", "logger")
 
 _MAX_BYTES = 65_536
 _MAX_DEPTH = 16
