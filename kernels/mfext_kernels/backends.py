@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -35,6 +36,12 @@ def choose(backend: Backend | None, tensor: Tensor, fits: bool = True) -> Backen
 def interpreting() -> bool:
     """Whether Triton's kernels are run by its interpreter, on CPU tensors; decided when triton is first imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside, kernels are launched on the tensor's GPU; does nothing for a CPU tensor."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return context
 
 
 def _check_triton(tensor: Tensor, fits: bool) -> None:

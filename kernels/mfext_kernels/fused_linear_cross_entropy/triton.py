@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Head and cross-entropy on a GPU: the products are torch's, the softmax, loss and gradient one kernel in place.
 
 One program per token goes over its logits twice, `columns` at a time: a running maximum and sum of exponentials
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfext_kernels.backends import on_device_of
 from mfext_kernels.fused_linear_cross_entropy.cpu import Chunking, in_chunks
 from mfext_kernels.tuning import config_for
 
@@ -57,7 +58,7 @@ def fused_linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tenso
 def _step(logits_MV: Tensor, targets_M: Tensor, gradient: bool) -> Tensor:
     config = config_for("cross_entropy", logits_MV)
     losses_M = torch.empty(logits_MV.shape[0], device=logits_MV.device)
-    with torch.cuda.device_of(logits_MV):
+    with on_device_of(logits_MV):
         cross_entropy_kernel[(logits_MV.shape[0],)](
             logits_MV, targets_M.contiguous(), losses_M, logits_MV.stride(0), logits_MV.shape[1],
             GRADIENT=gradient, COLUMNS=config.columns, num_warps=config.warps,

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Grouped linear maps on a GPU: one tiled product per stack, with gather, gelu and gate inside; no atomics.
 
 A stack of weights is a launch of its own, so stacks are never concatenated and a frozen one launches no gradient
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mfext_kernels.backends import on_device_of
 from mfext_kernels.grouped_linear.cpu import order_rows, sort_rows
 from mfext_kernels.routing import Dispatch
 from mfext_kernels.tuning import Config, config_for
@@ -182,7 +183,7 @@ def expert_feedforward(
 ) -> Tensor:
     """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_ND, gates_NK, *up, *down))):
-        with torch.cuda.device_of(x_ND):
+        with on_device_of(x_ND):
             active_RF = _rows(_Rows(x_ND.contiguous(), gathered=True, activate=True), up, dispatch)
             return _scatter(active_RF, down, gates_NK, dispatch)
     y_ND: Tensor = _ExpertFeedforward.apply(x_ND, gates_NK, dispatch, len(up), *up, *down)  # type: ignore[no-untyped-call]
@@ -195,7 +196,7 @@ class _GatherLinear(torch.autograd.Function):
         x_ND = x_ND.contiguous()
         ctx.dispatch = dispatch
         ctx.save_for_backward(x_ND, *weights)
-        with torch.cuda.device_of(x_ND):
+        with on_device_of(x_ND):
             return _rows(_Rows(x_ND, gathered=True), weights, dispatch)
 
     @staticmethod
@@ -203,7 +204,7 @@ class _GatherLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, *weights = ctx.saved_tensors
         grad_RF = grad_RF.contiguous()
-        with torch.cuda.device_of(x_ND):
+        with on_device_of(x_ND):
             left, right = _Side(x_ND, gathered=True), _Side(grad_RF)
             grads = _grad_weights(left, right, None, ctx.needs_input_grad[2:], weights, ctx.dispatch)
             grad_x = _back_to_tokens(grad_RF, weights, ctx.dispatch) if ctx.needs_input_grad[0] else None
@@ -216,7 +217,7 @@ class _ScatterLinear(torch.autograd.Function):
         rows_RF, gates_NK = rows_RF.contiguous(), gates_NK.contiguous()
         ctx.dispatch = dispatch
         ctx.save_for_backward(rows_RF, gates_NK, *weights)
-        with torch.cuda.device_of(rows_RF):
+        with on_device_of(rows_RF):
             return _scatter(rows_RF, weights, gates_NK, dispatch)
 
     @staticmethod
@@ -225,7 +226,7 @@ class _ScatterLinear(torch.autograd.Function):
         rows_RF, gates_NK, *weights = ctx.saved_tensors
         need_rows, need_gates, _, *needed = ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
-        with torch.cuda.device_of(rows_RF):
+        with on_device_of(rows_RF):
             left, right = _Side(rows_RF), _Side(grad_ND, gathered=True)
             grads = _grad_weights(left, right, gates_NK, needed, weights, ctx.dispatch)
             back = _Back(torch.empty_like(rows_RF) if need_rows else None, None, need_rows or need_gates)
@@ -243,7 +244,7 @@ class _ExpertFeedforward(torch.autograd.Function):
         hidden_RF = x_ND.new_empty(dispatch.order_R.numel(), up[0].shape[2])
         ctx.dispatch, ctx.num_stacks = dispatch, num_stacks
         ctx.save_for_backward(x_ND, gates_NK, hidden_RF, *weights)
-        with torch.cuda.device_of(x_ND):
+        with on_device_of(x_ND):
             active_RF = _rows(_Rows(x_ND, gathered=True, activate=True, hidden=hidden_RF), up, dispatch)
             return _scatter(active_RF, down, gates_NK, dispatch)
 
@@ -256,7 +257,7 @@ class _ExpertFeedforward(torch.autograd.Function):
         need_x, need_gates, _, _, *needed = ctx.needs_input_grad
         need_up, need_down = needed[: len(up)], needed[len(up) :]
         grad_ND = grad_ND.contiguous()
-        with torch.cuda.device_of(x_ND):
+        with on_device_of(x_ND):
             through, active = need_x or any(need_up), any(need_down)
             grad_hidden, active_RF = (torch.empty_like(hidden_RF) if need else None for need in (through, active))
             back = _Back(grad_hidden, active_RF, through or active or need_gates, activate=True)

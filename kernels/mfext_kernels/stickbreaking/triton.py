@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Stick-breaking attention on a GPU: tiles of rows by keys, recomputed in backward, sums in fp32, no atomics.
 
 A row is a (query, chosen expert) pair of one (batch, head) pair: row m is query m // K, so all K experts' queries meet
@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mfext_kernels.backends import on_device_of
 from mfext_kernels.tuning import Config, config_for
 
 LOG2_E = 1.4426950408889634
@@ -369,13 +370,13 @@ class _Stickbreaking(torch.autograd.Function):
     def forward(ctx: Any, q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
         call = _Call.of(q_BTKHC, k_BSHC, v_BSHC, starts_BT)
         ctx.save_for_backward(call.q, call.k, call.v, call.starts)
-        with torch.cuda.device_of(q_BTKHC):
+        with on_device_of(q_BTKHC):
             return _forward(call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTKHC: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.cuda.device_of(grad_BTKHC):
+        with on_device_of(grad_BTKHC):
             return *_backward(_Call(*ctx.saved_tensors), grad_BTKHC.contiguous()), None
 
 
@@ -432,7 +433,7 @@ def _decode(call: _Call) -> Tensor:
     )
     out = torch.empty_like(call.q)
     joined = {name: constants[name] for name in ("CHOSEN", "WIDTH", "PADDED", "ROWS", "num_warps")}
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         decode_kernel[(call.pairs * num_splits,)](
             call.q, call.k, call.v, call.starts, parts, lefts, *call.key_strides, *call.value_strides,
             num_keys, heads, num_splits, call.scale * LOG2_E, **constants, TILES=TILES_PER_SPLIT,
