@@ -68,3 +68,11 @@ def test_a_head_too_wide_for_registers_is_named(monkeypatch: pytest.MonkeyPatch)
     q, k = torch.zeros(1, 2, 1, 1, 129), torch.zeros(1, 2, 1, 129)
     with pytest.raises(ValueError, match="heads of at most 512 bytes"):
         stickbreaking_attention(q, k, k, None, "triton")
+
+
+def test_the_gpu_bench_refuses_in_one_line_where_there_is_no_gpu() -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "kernels" / "bench" / "gpu.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "kernels/bench/gpu.py: needs a CUDA GPU and finds none; nothing was checked or timed\n"

@@ -1,0 +1,295 @@
+"""Check, then time, the Triton kernels on one GPU: `python kernels/bench/gpu.py` (bf16; a minute or two).
+
+Every op is first compared with its float64 reference, forward and every gradient, on fresh random inputs with every new
+buffer full of NaN; a wrong kernel ends the run with 2 and nothing timed. Then medians by events against softmax
+attention by flash SDPA, torch's grouped_mm, dense layers of equal FLOPs and torch's head with cross-entropy, beside the
+card's own ceilings. Prints a table, writes it as JSON, and ends with 1 if a target is missed. Without a GPU: one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "kernels")]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from mfext_kernels.backends import Backend  # noqa: E402
+from mfext_kernels.fused_linear_cross_entropy import fused_linear_cross_entropy  # noqa: E402
+from mfext_kernels.grouped_linear import expert_feedforward, gather_linear, scatter_linear  # noqa: E402
+from mfext_kernels.routing import make_dispatch  # noqa: E402
+from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode  # noqa: E402
+
+Op = Callable[..., Tensor]
+Run = Callable[[], object]
+ROUNDINGS = 4  # from the inputs to the output in 16 bits, at most
+ATTENTION_AT_MOST, EXPERTS_AT_MOST = 1.5, 1.15
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op's milliseconds beside another's; `at_most` is the target for their ratio, None where there is none."""
+
+    what: str
+    ours_ms: float
+    other_ms: float
+    at_most: float | None = None
+
+    @property
+    def missed(self) -> bool:
+        return self.at_most is not None and not self.ours_ms / self.other_ms <= self.at_most
+
+    def line(self) -> str:
+        target = "" if self.at_most is None else f"  at most {self.at_most:g}  {'MISSED' if self.missed else 'hit'}"
+        return f"{self.what:<66}{self.ours_ms:>9.3f}{self.other_ms:>9.3f}{self.ours_ms / self.other_ms:>7.2f}x{target}"
+
+
+def faults(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """Every op that is further from its float64 reference than its dtype's rounding explains, and by how much."""
+    wrong = []
+    for dtype in dtypes:
+        allowed = ROUNDINGS * torch.finfo(dtype).eps if dtype != torch.float32 else 64 * torch.finfo(dtype).eps
+        for name, make_op, inputs in checks(device):
+            inputs = [each.to(dtype) for each in inputs]
+            fast = forward_and_gradients(make_op("triton"), inputs)
+            exact = forward_and_gradients(make_op("reference"), [each.double() for each in inputs])
+            for part, (one, other) in enumerate(zip(fast, exact, strict=True)):
+                error = float((one.double() - other).abs().max() / other.abs().max())
+                if not error <= allowed:
+                    where = "output" if part == 0 else f"gradient of input {part - 1}"
+                    wrong.append(f"{name}, {dtype}, {where}: off by {error:.1e} of the largest, allowed {allowed:.1e}")
+    return wrong
+
+
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[Backend], Op], list[Tensor]]]:
+    """(name, op of a backend, fp32 inputs) of every op, at sizes that leave every last tile in part."""
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=device) * scale
+
+    starts = torch.tensor([[0] * 70 + [80] * 63, [5] * 133], device=device)
+    for width in (20, 64, 128):
+        qkv = [random(2, 133, 2, 1, width), random(2, 150, 1, width), random(2, 150, 1, width)]
+        for name, first in (("attention", None), ("attention in documents", starts)):
+            yield f"{name}, C {width}", lambda b, s=first: lambda q, k, v: stickbreaking_attention(q, k, v, s, b), qkv
+        yield f"decoding, C {width}", lambda b: lambda q, k, v: decode(q, k, v, b), [qkv[0][:, 0], *qkv[1:]]
+    scores = torch.rand(75, 6, device=device)
+    scores[:, 2] = -1.0
+    dispatch = make_dispatch(scores.topk(2, dim=-1).indices, 6)
+    up, down = [[random(size, *shape, scale=0.2) for size in (4, 2)] for shape in ((72, 40), (40, 72))]
+    x, gates = random(75, 72), torch.rand(75, 2, device=device)
+    yield "gather_linear", lambda b: lambda x, *w: gather_linear(x, w, dispatch, b), [x, *up]
+    rows = random(150, 40)
+    yield "scatter_linear", lambda b: lambda x, g, *w: scatter_linear(x, w, g, dispatch, b), [rows, gates, *down]
+    feed = [x, gates, *up, *down]
+    yield "expert_feedforward", lambda b: lambda x, g, *w: expert_feedforward(x, w[:2], w[2:], g, dispatch, b), feed
+    targets = torch.randint(0, 333, (75,), device=device)
+    targets[3:9] = -100
+    head = [x, random(333, 72, scale=0.1)]
+    yield "head and cross-entropy", lambda b: lambda x, w: fused_linear_cross_entropy(x, w, targets, b), head
+
+
+def decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, backend: Backend) -> Tensor:
+    """Without gradients, where decoding has kernels of its own."""
+    with torch.no_grad():
+        return stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, None, backend)
+
+
+def forward_and_gradients(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of a weighting of it where it has any."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = op(*leaves)
+    if not out.requires_grad:
+        return [out]
+    weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weighting.to(out))]
+
+
+def median_ms(run: Run, times: int = 25) -> float:
+    """Median milliseconds by events, after three runs that compile and warm; the cache is not emptied between."""
+    for _ in range(3):
+        run()
+    taken = []
+    for _ in range(times):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        taken.append(first.elapsed_time(last))
+    return statistics.median(taken)
+
+
+def trained(op: Op, inputs: Sequence[Tensor]) -> Run:
+    """Forward and every gradient of `op(*inputs)`, for a random gradient of its output."""
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    grad = torch.randn_like(op(*leaves))
+    return lambda: torch.autograd.grad(op(*leaves), leaves, grad)
+
+
+def untrained(op: Op, inputs: Sequence[Tensor]) -> Run:
+    @torch.no_grad()
+    def run() -> None:
+        op(*inputs)
+
+    return run
+
+
+def random_bf16(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def attention() -> Iterator[Row]:
+    """Against flash SDPA with as many heads, K * H; with random logits, and with sticks that last."""
+    chosen, heads, width = 2, 8, 64
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    for length in (2048, 4096, 8192):
+        batch = 16384 // length
+        soft = [random_bf16(batch, chosen * heads, length, width) for _ in range(3)]
+        for lasting in (False, True):
+            q = random_bf16(batch, length, chosen, heads, width)
+            k, v = (random_bf16(batch, length, heads, width) for _ in range(2))
+            if lasting:
+                q *= 0.5
+                q[..., 0], k[..., 0] = 1.0, -6 * width**0.5
+            name = f"attention {batch} x {length}, {'lasting sticks' if lasting else 'random'}"
+            times = median_ms(untrained(stickbreaking_attention, (q, k, v))), median_ms(untrained(flash, soft))
+            yield Row(f"{name}, forward / flash SDPA", *times)
+            times = median_ms(trained(stickbreaking_attention, (q, k, v))), median_ms(trained(flash, soft))
+            yield Row(f"{name}, forward + backward / flash SDPA", *times, ATTENTION_AT_MOST)
+        one = q[:, 0], k, v
+        soft_one = [soft[0][:, :, :1], *soft[1:]]
+        times = (
+            median_ms(untrained(stickbreaking_decode, one)),
+            median_ms(untrained(F.scaled_dot_product_attention, soft_one)),
+        )
+        yield Row(f"decoding {batch} x 1 after {length} / SDPA", *times)
+
+
+def experts() -> Iterator[Row]:
+    """Against a dense layer of equal active FLOPs, and the same experts through torch's grouped_mm; sorts included."""
+    tokens, width, inner, chosen = 16384, 1024, 1024, 2
+    x, gates = random_bf16(tokens, width), torch.rand(tokens, chosen, device="cuda", dtype=torch.bfloat16)
+    dense = [x, random_bf16(width, chosen * inner), random_bf16(chosen * inner, width)]
+    dense_ms = median_ms(trained(lambda x, up, down: F.gelu(x @ up, approximate="tanh") @ down, dense))
+    for num_experts in (8, 32, 64):
+        experts_NK = torch.rand(tokens, num_experts, device="cuda").topk(chosen, dim=-1).indices
+        up, down = random_bf16(num_experts, width, inner), random_bf16(num_experts, inner, width)
+
+        def ours(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, chosen: Tensor = experts_NK) -> Tensor:
+            return expert_feedforward(x, [up], [down], gates, make_dispatch(chosen, up.shape[0]))
+
+        def grouped(x: Tensor, gates: Tensor, up: Tensor, down: Tensor, chosen: Tensor = experts_NK) -> Tensor:
+            dispatch = make_dispatch(chosen, up.shape[0])
+            ends = torch.tensor(dispatch.sizes, device="cuda").cumsum(0).to(torch.int32)
+            hidden = F.gelu(F.grouped_mm(x[dispatch.tokens_R], up, offs=ends), approximate="tanh")
+            rows = F.grouped_mm(hidden, down, offs=ends)[dispatch.inverse_R]
+            return (rows.view(*gates.shape, -1) * gates.unsqueeze(-1)).sum(1)
+
+        ours_ms = median_ms(trained(ours, (x, gates, up, down)))
+        yield Row(f"experts E {num_experts}, K 2 / cuBLAS dense of equal FLOPs", ours_ms, dense_ms, EXPERTS_AT_MOST)
+        grouped_ms = median_ms(trained(grouped, (x, gates, up, down)))
+        yield Row(f"experts E {num_experts}, K 2 / torch grouped_mm", ours_ms, grouped_ms)
+
+
+def head() -> Iterator[Row]:
+    """Against torch's head and cross-entropy over all logits."""
+    for vocabulary in (32768, 131072):
+        x, weight = random_bf16(8192, 1024), random_bf16(vocabulary, 1024) * 0.03
+        targets = torch.randint(0, vocabulary, (8192,), device="cuda")
+        times = [
+            median_ms(trained(op, (x, weight)), 9)
+            for op in (
+                lambda x, w, t=targets: fused_linear_cross_entropy(x, w, t),
+                lambda x, w, t=targets: F.cross_entropy(F.linear(x, w).float(), t),
+            )
+        ]
+        yield Row(f"head and cross-entropy, V {vocabulary} / torch, all logits", *times)
+
+
+def ceilings() -> dict[str, float]:
+    """What this card copies and multiplies at most, measured."""
+    block, square = torch.empty(1 << 28, device="cuda", dtype=torch.float32), random_bf16(8192, 8192)
+    other = torch.empty_like(block)
+    copy_ms, multiply_ms = median_ms(lambda: other.copy_(block)), median_ms(lambda: square @ square)
+    return {
+        "copy_GB_per_s": 2 * block.numel() * 4 / copy_ms / 1e6,
+        "matmul_bf16_TFLOP_per_s": 2 * 8192**3 / multiply_ms / 1e9,
+    }
+
+
+def surroundings() -> dict[str, object]:
+    """GPU, driver, versions, commit and date: without them a figure says nothing."""
+    import triton
+
+    def said(*words: str) -> str:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "commit": said("git", "rev-parse", "--short=12", "HEAD"),
+        "changed_files": bool(said("git", "status", "--porcelain", "--untracked-files=no", "--", "kernels")),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "timer": "CUDA events, medians; one process",
+    }
+
+
+PARTS = {"attention": attention, "experts": experts, "head": head}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "gpu.json", help="where the JSON goes")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="measure these parts alone")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("kernels/bench/gpu.py: needs a CUDA GPU and finds none; nothing was checked or timed", file=sys.stderr)
+        return 2
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every new buffer with NaN
+    wrong = faults(torch.device("cuda"), (torch.bfloat16, torch.float16, torch.float32))
+    torch.use_deterministic_algorithms(False)
+    if wrong:
+        print("nothing was timed, because results are wrong:\n  " + "\n  ".join(wrong), file=sys.stderr)
+        return 2
+    about = surroundings() | {"ceilings": ceilings()}
+    print("  ".join(f"{name}: {value}" for name, value in about.items()))
+    print(f"{'':<66}{'ours ms':>9}{'other ms':>9}")
+    rows = []
+    for name in arguments.only:
+        for row in PARTS[name]():
+            rows.append(row)
+            print(row.line(), flush=True)
+    missed = [row.what for row in rows if row.missed]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    results = [asdict(row) | {"ratio": row.ours_ms / row.other_ms, "missed": row.missed} for row in rows]
+    arguments.out.write_text(json.dumps({"surroundings": about, "missed": missed, "rows": results}, indent=1) + "\n")
+    print(f"{len(missed)} MISSED: {'; '.join(missed)}" if missed else "every target hit")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
