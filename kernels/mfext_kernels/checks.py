@@ -1,4 +1,4 @@
-"""A quick check of every op's fast version against its float64 reference, for `mfext doctor` and the bench."""
+"""A quick check of every op's fast version on the CPU against its float64 reference, for `mfext doctor` and the bench."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mfext_kernels.fused_linear_cross_entropy import fused_linear_cross_entropy
 from mfext_kernels.grouped_linear import expert_feedforward, gather_linear, order_rows, scatter_linear, sort_rows
 from mfext_kernels.routing import make_dispatch
 from mfext_kernels.stickbreaking import stickbreaking_attention, stickbreaking_decode
@@ -39,6 +40,7 @@ def self_check() -> tuple[CheckResult, ...]:
     attention_inputs = (random(2, 130, 2, 2, 8), random(2, 130, 2, 8), random(2, 130, 2, 8))
     maps = (random(4, 12, 8), random(2, 12, 8), random(4, 8, 12), random(2, 8, 12))
     gates = torch.rand(37, 2, generator=generator)
+    targets = torch.randint(0, 50, (37,), generator=generator)
     return (
         _check(
             "stickbreaking_attention",
@@ -66,6 +68,11 @@ def self_check() -> tuple[CheckResult, ...]:
             "expert_feedforward",
             lambda backend: lambda x, g, a, b, c, d: expert_feedforward(x, (a, b), (c, d), g, dispatch, backend),
             (random(37, 12), gates, *maps),
+        ),
+        _check(
+            "fused_linear_cross_entropy",
+            lambda backend: lambda x, w: fused_linear_cross_entropy(x, w, targets, backend),
+            (random(37, 12), random(50, 12)),
         ),
     )
 
