@@ -276,13 +276,21 @@ def _mask(logits: Tensor, block: _Block, plan: _Plan, ahead: Tensor, first: int)
 
 
 def _break_stick(left: Tensor, stick: Tensor, weights: Tensor, left_before: Tensor | None) -> None:
-    """From p fill the stick left c and the weights a_r = c_{r-1} - c_r; c_{-1} is 1 or what newer tiles left."""
+    """From p fill the stick left c and the weights a_r = c_{r-1} - c_r; c_{-1} is 1 or what newer tiles left.
+
+    A stick below tiny / eps^2 (8e-25 in fp32) counts as used up. By then the weights sum to 1 to far more digits than
+    the type has, and what follows would be arithmetic on subnormal numbers, many times slower on some processors.
+    """
+    numbers = torch.finfo(stick.dtype)
+    used_up = numbers.tiny / numbers.eps**2
     if left_before is None:
         torch.cumprod(left, -1, out=stick)
+        torch.threshold_(stick, used_up, 0.0)
         weights[..., 0] = 1.0 - stick[..., 0]
     else:
         left[..., 0] *= left_before
         torch.cumprod(left, -1, out=stick)
+        torch.threshold_(stick, used_up, 0.0)
         weights[..., 0] = left_before - stick[..., 0]
     torch.sub(stick[..., :-1], stick[..., 1:], out=weights[..., 1:])
 
