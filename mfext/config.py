@@ -31,6 +31,7 @@ Initialisation = Literal["published", "scaled"]
 GrowthMode = Literal["gated", "side", "compete", "preserve"]
 ExpertInitialisation = Literal["copy_most_used", "random", "mean"]
 Probe = Literal["self", "reservoir", "both", "none"]
+GateLearns = Literal["before", "after"]
 Precision = Literal["fp32", "bf16"]
 MethodName = Literal[
     "grow", "full", "replay", "ewc", "lwf", "lora", "expand", "concentrate", "frozen", "joint", "independent"
@@ -203,15 +204,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GateTraining:
-    """How a domain gate is trained, calibrated and protected."""
+    """How a domain gate is trained, calibrated and protected.
+
+    `learns` after: the gate is held open while the experts learn, and taught afterwards with samples of both sides;
+    before: it is taught first, and the experts learn behind it. `new_sequences` windows of new text, `probe_sequences`
+    of old text and, after, as many written by the new experts themselves.
+    """
 
     probe: Probe = "self"
-    probe_sequences: int = 160
-    probe_length: int = 256
+    learns: GateLearns = "after"
+    new_sequences: int = 640
+    probe_sequences: int = 640
+    probe_length: int = 128
     reservoir_bytes: int = 262_144
     reservoir_share: float = 0.01
     negatives_share: float = 0.25
-    steps: int = 400
+    steps: int = 800
     batch_size: int = 32
     learning_rate: float = 3e-3
     max_false_open: float = 0.01
@@ -219,7 +227,7 @@ class GateTraining:
 
     def __post_init__(self) -> None:
         require_choices(self)
-        require_at_least(1, self, "probe_sequences", "probe_length", "steps", "batch_size")
+        require_at_least(1, self, "new_sequences", "probe_sequences", "probe_length", "steps", "batch_size")
         require_at_least(0, self, "reservoir_bytes", "reservoir_share")
         require(self, "max_false_open", 0 < self.max_false_open < 1, "a share between 0 and 1")
         require(self, "negatives_share", 0 <= self.negatives_share < 1, "a share from 0 to below 1")

@@ -1,4 +1,4 @@
-"""Grow a model for a domain: plan applied, identity checked, gate trained; and the same from a commit."""
+"""Grow a model for a domain: plan applied, identity checked, gate taught; and the same from a commit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from mfext.domains.stream import TokenStream
 from mfext.domains.tokenizer import load_tokenizer
 from mfext.errors import DamagedError, InputError
 from mfext.growth.apply import apply_plan, set_gate_thresholds
+from mfext.growth.gate_training import GateCalibration, train_gate
 from mfext.growth.growing import WATCHED, grow
 from mfext.growth.plan import Plan
-from mfext.growth.probes import Windows, document_starts, self_probes
+from mfext.growth.probes import Windows, document_starts, own_samples, self_probes
 from mfext.growth.review import review
 from mfext.model.moduleformer import ModuleFormer
 from mfext.report.terminal import Console
@@ -37,33 +38,54 @@ class Grown:
 def grow_model(
     model: ModuleFormer, plan: Plan, recipe: Recipe, stream: TokenStream, kept: Texts, console: Console
 ) -> Grown:
-    """Apply `plan`, check that it changed nothing, and train the new generation's gate. In place.
+    """Apply `plan`, check that it changed nothing, and train the new generation's gate if it learns before. In place.
 
     `kept` is the reservoir of old text the gate may see; empty where probes come from the model itself.
     """
     settings, gated = recipe.growth.gate, recipe.growth.mode == "gated"
     probes = None
-    if settings.probe != "none":
-        source = "the reservoir" if settings.probe == "reservoir" else "the model itself"
-        console.say(f"taking probes of what the model knows from {source}")
-        probes = _probes(model, recipe, kept)
-    new = _new_windows(stream, max(128, settings.probe_sequences))
+    if settings.probe != "none" and not (gated and settings.learns == "after"):
+        probes = _probes(model, recipe, kept, console)
+    new = _new_windows(stream, settings.new_sequences)
     if gated and probes is not None:
         console.say("growing; training the domain gate")
     growth = grow(model, plan, recipe.growth, new, probes, recipe.seed)
     facts: dict[str, object] = {"identity_at_growth": growth.identity_at_growth}
     if growth.gate is not None:
         facts["gate"] = asdict(growth.gate)
-        shares = f"{growth.gate.false_open:.1%} of held-out probes, {growth.gate.open_set_open:.1%} of open-set text"
-        console.say(f"gate: opens on {shares}; not fully open on {growth.gate.false_close:.1%} of new text")
-    elif gated:
+        _say_gate(growth.gate, console)
+    elif gated and settings.probe == "none":
         console.warn("gate.probe=none: the gate is always open, so old domains are not protected")
     facts["generation"] = to_mapping(model.config.generations[-1])
     return Grown(_gate_tensors(model), facts)
 
 
+def teach_gate(
+    model: ModuleFormer, recipe: Recipe, stream: TokenStream, kept: Texts, console: Console
+) -> dict[str, object]:
+    """Teach the gate of a generation whose experts have learned, with samples of both sides. In place.
+
+    The facts for the lineage; none where the gate learned before, there is none, or it is to stay open.
+    """
+    settings = recipe.growth.gate
+    if recipe.growth.mode != "gated" or settings.learns == "before" or settings.probe == "none":
+        return {}
+    probes = _probes(model, recipe, kept, console, len(model.generations) - 1)
+    console.say("taking samples of what the new experts learned; training the domain gate")
+    own = own_samples(model, settings.probe_sequences, settings.probe_length, recipe.seed)
+    new = _new_windows(stream, settings.new_sequences)
+    gate = train_gate(model, new, probes, settings, recipe.seed, own)
+    _say_gate(gate, console)
+    return {"gate": asdict(gate), "generation": to_mapping(model.config.generations[-1])}
+
+
+def _say_gate(gate: GateCalibration, console: Console) -> None:
+    shares = f"{gate.false_open:.1%} of held-out probes, {gate.open_set_open:.1%} of open-set text"
+    console.say(f"gate: opens on {shares}; not fully open on {gate.false_close:.1%} of new text")
+
+
 def review_model(
-    model: ModuleFormer, before: ModuleFormer, recipe: Recipe, stream: TokenStream, kept: Texts
+    model: ModuleFormer, before: ModuleFormer, recipe: Recipe, stream: TokenStream, kept: Texts, console: Console
 ) -> dict[str, object]:
     """Let the newest generation's routers and gate learn once more, against probes of the model `before`. In place.
 
@@ -72,8 +94,9 @@ def review_model(
     settings = recipe.growth.gate
     if settings.probe == "none":
         raise InputError("a review needs probes of old text", "growth.review", "use gate.probe=self, or review.steps=0")
-    new = _new_windows(stream, max(128, settings.probe_sequences))
-    reviewed = review(model, new, _probes(before, recipe, kept), recipe.growth, recipe.seed)
+    new = _new_windows(stream, settings.new_sequences)
+    probes = _probes(before, recipe, kept, console)
+    reviewed = review(model, new, probes, recipe.growth, recipe.seed)
     facts: dict[str, object] = {"review": asdict(reviewed), "generation": to_mapping(model.config.generations[-1])}
     return facts if reviewed.gate is None else {**facts, "gate": asdict(reviewed.gate)}
 
@@ -130,13 +153,18 @@ def reservoir_of(recipe: Recipe, domains: Iterable[Domain]) -> dict[str, tuple[s
     }
 
 
-def _probes(model: ModuleFormer, recipe: Recipe, kept: Texts) -> Windows:
+def _probes(
+    model: ModuleFormer, recipe: Recipe, kept: Texts, console: Console, generations: int | None = None
+) -> Windows:
+    """Old text for the gate: samples of the model (its first `generations`), the reservoir, or both."""
     settings = recipe.growth.gate
+    source = "the reservoir" if settings.probe == "reservoir" else "the model itself"
+    console.say(f"taking probes of what the model knows from {source}")
     parts = []
     if settings.probe in ("self", "both"):
         many = recipe.growth.mode == "gated" or recipe.growth.review.steps > 0
         count = settings.probe_sequences if many else WATCHED
-        parts.append(self_probes(model, count, settings.probe_length, recipe.seed))
+        parts.append(self_probes(model, count, settings.probe_length, recipe.seed, generations))
     if kept:
         parts.append(_reservoir_windows(model, recipe, kept))
     if not parts:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from mfext import __version__
-from mfext.commands.growing import Texts, review_model
+from mfext.commands.growing import Texts, review_model, teach_gate
 from mfext.commands.measuring import Column, Moment, measure_within
 from mfext.commands.models import model_tensors, open_model
 from mfext.commands.preparing import Prepared, Work, find_stage, prepare, text_of
@@ -55,17 +55,22 @@ def _train(work: Work, within: Sequence[Column]) -> Stage:
     spent = {"stage_wall_s": time.monotonic() - begun}
     if recipe.method == "lora":
         merge_adapters(prepared.model)
-    facts = {**_cost(result), **spent, "trainable": trainable, **grown.facts, **_review(work, prepared)}
+    facts = {**_cost(result), **spent, "trainable": trainable, **grown.facts, **_finish(work, prepared)}
     return _commit(work, prepared.model, prepared.kept, facts)
 
 
-def _review(work: Work, prepared: Prepared) -> dict[str, object]:
-    """The optional last part of a growth: who reaches the new experts, decided once more."""
-    if work.recipe.method != "grow" or not work.recipe.growth.review.steps:
+def _finish(work: Work, prepared: Prepared) -> dict[str, object]:
+    """The last parts of a growth: its gate is taught, and, where asked for, who reaches the new experts reviewed."""
+    recipe, console = work.recipe, work.console
+    if recipe.method != "grow":
         return {}
-    work.console.say(f"{work.lesson.name}: reviewing routers and gate")
-    before, stream = growable(open_model(work.origin.folder).model), text_of(work, work.lesson.new)
-    return review_model(growable(prepared.model), before, work.recipe, stream, prepared.kept)
+    model, stream = growable(prepared.model), text_of(work, work.lesson.new)
+    facts = teach_gate(model.eval(), recipe, stream, prepared.kept, console)
+    if not recipe.growth.review.steps:
+        return facts
+    console.say(f"{work.lesson.name}: reviewing routers and gate")
+    before = growable(open_model(work.origin.folder).model)
+    return {**facts, **review_model(model, before, recipe, stream, prepared.kept, console)}
 
 
 class _Evaluator:

@@ -37,15 +37,17 @@ class GateCalibration:
     wall_s: float
 
 
-def train_gate(model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, seed: int) -> GateCalibration:
-    """Train and calibrate the newest generation's gate; nothing else in the model changes.
+def train_gate(
+    model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, seed: int, own: Windows | None = None
+) -> GateCalibration:
+    """Train and calibrate the newest generation's gate from fresh weights; nothing else in the model changes.
 
-    `new` and `old` are windows of the new domain and of probes. Raises InputError with fewer
-    than 8 of either, and where the newest generation has no gate.
+    `new` and `old` are windows of the new domain and of probes; `own` are samples of the new experts, told to the gate
+    as new text. Probes are samples as a rule, and a gate that sees samples on one side only learns what sets samples
+    apart from text. The thresholds rest on real new text alone. Raises InputError with fewer than 8 of either, and
+    where the newest generation has no gate.
     """
-    gate = model.generation(len(model.generations)).gate if len(model.generations) else None
-    if gate is None:
-        raise InputError("no domain gate to train", "growth", "grow with mode gated first")
+    gate = require_gate(model)
     if min(len(new), len(old)) < 8:
         raise InputError(
             f"{len(new)} windows of the new domain and {len(old)} probes",
@@ -56,8 +58,19 @@ def train_gate(model: ModuleFormer, new: Windows, old: Windows, settings: GateTr
     generator = torch.Generator().manual_seed(seed)
     new_fit, new_held = hold_out(new, generator)
     old_fit, old_held = hold_out(old, generator)
-    _fit(model, new_fit, old_fit, settings, generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        gate.reset_parameters()
+    _fit(model, new_fit if own is None else new_fit.joined(own), old_fit, settings, generator)
     return replace(calibrate_gate(model, new_held, old_held, settings, generator), wall_s=time.monotonic() - begun)
+
+
+def require_gate(model: ModuleFormer) -> DomainGate:
+    """The newest generation's gate. Raises InputError where it has none, or there is no generation."""
+    gate = model.generation(len(model.generations)).gate if len(model.generations) else None
+    if gate is None:
+        raise InputError("no domain gate to train", "growth", "grow with mode gated first")
+    return gate
 
 
 def calibrate_gate(
@@ -72,7 +85,8 @@ def calibrate_gate(
     assert gate is not None, "only generations of mode gated have one"
     negatives = open_set_negatives(new_held, model.config.vocab_size, _special_ids(model), generator)
     old_p, new_p, negative_p = (_probabilities(gate, windows) for windows in (old_held, new_held, negatives))
-    opens_at = float(torch.quantile(old_p[:1_000_000].double(), 1 - settings.max_false_open))
+    some_p, share = old_p[:1_000_000].double(), 1 - settings.max_false_open
+    opens_at = float(torch.quantile(some_p, share, interpolation="higher"))
     opens_at = min(max(opens_at, LOOSEST), STRICTEST)
     full_at = opens_at + settings.ramp * (1 - opens_at)
     set_gate_thresholds(model, opens_at, full_at)

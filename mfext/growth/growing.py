@@ -33,10 +33,10 @@ class Growth:
 
 
 def grow(model: ModuleFormer, plan: Plan, growth: GrowthConfig, new: Windows, old: Windows | None, seed: int) -> Growth:
-    """Carry out `plan` on `model` in place and, in mode gated, train the new generation's gate.
+    """Carry out `plan` on `model` in place and, in mode gated with `old`, train the new generation's gate.
 
     `new` holds windows of the new domain, `old` probes of what the model knows (growth.probes);
-    without `old` the gate stays open everywhere and protects nothing. Fresh weights depend on
+    without `old` the gate is held open everywhere, until `train_gate` teaches it. Fresh weights depend on
     `seed` alone. Raises InputError where the plan does not fit or there are too few windows.
     """
     usage = measure_usage(model, new.input_ids[:WATCHED], new.document_starts[:WATCHED])

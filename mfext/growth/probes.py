@@ -23,6 +23,13 @@ class Windows:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def joined(self, other: Windows) -> Windows:
+        """These windows and those of `other`, at the length of the shorter ones."""
+        length = min(self.input_ids.shape[1], other.input_ids.shape[1])
+        parts = self.cut(0, length), other.cut(0, length)
+        ids, starts = (torch.cat([getattr(each, name) for each in parts]) for name in ("input_ids", "document_starts"))
+        return Windows(ids, starts)
+
     def take(self, rows: Tensor) -> Windows:
         return Windows(self.input_ids[rows], self.document_starts[rows])
 
@@ -38,14 +45,14 @@ def document_starts(input_ids_BT: Tensor, bos_id: int) -> Tensor:
     return torch.where(input_ids_BT == bos_id, positions, 0).cummax(1).values
 
 
-def self_probes(model: ModuleFormer, num: int, length: int, seed: int) -> Windows:
+def self_probes(model: ModuleFormer, num: int, length: int, seed: int, generations: int | None = None) -> Windows:
     """Sample `num` windows of `length` tokens from the frozen model itself, so that no old text is needed.
 
     An equal share comes from the model with every gate held closed (generations without one stay in it) and from
-    each gated generation with its own held open.
+    each gated generation with its own held open; only from the first `generations` of them where that is given.
     """
     config = model.config
-    gated = [number for number, each in enumerate(config.generations, 1) if each.mode == "gated"]
+    gated = [number for number, each in enumerate(config.generations[:generations], 1) if each.mode == "gated"]
     parts = torch.tensor_split(torch.arange(num), 1 + len(gated))
     samples = []
     for position, (part, opened) in enumerate(zip(parts, [None, *gated], strict=True)):
@@ -53,6 +60,13 @@ def self_probes(model: ModuleFormer, num: int, length: int, seed: int) -> Window
             samples.append(sample_documents(model, len(part), length, seed + position, batch=256))
     ids = torch.cat([sample for sample in samples if len(sample)])
     return Windows(ids, document_starts(ids, config.bos_id))
+
+
+def own_samples(model: ModuleFormer, num: int, length: int, seed: int) -> Windows:
+    """Sample `num` windows of `length` tokens from the newest generation, its gate held open and all others closed."""
+    with _held_open(model, len(model.generations)):
+        ids = sample_documents(model, num, length, seed, batch=256)
+    return Windows(ids, document_starts(ids, model.config.bos_id))
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from torch.optim import AdamW, Optimizer
 from mfext.config import GrowthConfig, TrainingConfig
 from mfext.errors import InputError
 from mfext.growth.apply import apply_plan, freeze, set_trainable
+from mfext.growth.gate_training import GateCalibration, require_gate, train_gate
 from mfext.growth.growable import growable
 from mfext.growth.growing import grow
 from mfext.growth.plan import Plan, plan_detach, plan_growth
-from mfext.growth.probes import Windows, document_starts, self_probes
+from mfext.growth.probes import Windows, document_starts, own_samples, self_probes
 from mfext.model.language_model import LanguageModel, ModelOutput
 from mfext.model.losses import language_loss, routing_loss
 from mfext.training.batch import read_batch
@@ -96,22 +97,35 @@ class ContinualModuleFormer(lightning.LightningModule):
         """Add a generation `name`, freeze all that was there, and train the new one from now on.
 
         `text` holds token windows (M, T) of the new domain, bos before each document. In mode gated
-        it teaches the domain gate, against `gate.probe_sequences` windows sampled from the model
-        itself; without it the gate is untrained: train it (growth.gate_training.train_gate) before
-        the experts, because a gate closed on a text teaches them nothing from it. Raises InputError
-        where the name is taken, there are fewer than 8 windows, or the model is dense.
+        with `gate.learns` before it teaches the domain gate, against windows sampled from the model
+        itself; with after, the gate is held open until `teach_gate`. Without text the gate has
+        fresh weights that nobody taught. Raises InputError where the name is taken, there are fewer
+        than 8 windows, or the model is dense.
         """
         plan = plan_growth(self.model.config, growth, name)
         if text is None:
             apply_plan(growable(self.model), plan)
         else:
             bos_id = self.model.config.bos_id
-            gated = growth.mode == "gated"
+            first = growth.mode == "gated" and growth.gate.learns == "before"
             model = growable(self.model)
-            probes = self_probes(model, growth.gate.probe_sequences, growth.gate.probe_length, seed) if gated else None
+            probes = self_probes(model, growth.gate.probe_sequences, growth.gate.probe_length, seed) if first else None
             grow(model, plan, growth, Windows(text, document_starts(text, bos_id)), probes, seed)
         self.choose(Grow())
         return plan
+
+    def teach_gate(self, growth: GrowthConfig, text: Tensor, seed: int = 1) -> GateCalibration:
+        """Teach the newest generation's gate where to open, once its experts have learned.
+
+        `text` is as in `grow`. It is told apart from samples of what was before; samples of the new
+        experts count as new text. Raises InputError where there is no gate, or fewer than 8 windows.
+        """
+        model, settings = growable(self.model).eval(), growth.gate
+        windows = Windows(text, document_starts(text, model.config.bos_id))
+        size = settings.probe_sequences, settings.probe_length
+        require_gate(model)
+        old = self_probes(model, *size, seed, len(model.generations) - 1)
+        return train_gate(model, windows, old, settings, seed, own_samples(model, *size, seed))
 
     def detach(self) -> Plan:
         """Remove the newest generation: the model is bit for bit what it was before. All stays frozen."""

@@ -23,6 +23,7 @@ TINY = (
     "training.batch_size=8",
     "training.log_every_steps=5",
     "growth.gate.steps=60",
+    "growth.gate.new_sequences=128",
     "growth.gate.probe_sequences=32",
     "growth.gate.probe_length=64",
     "evaluation.window=64",

@@ -156,17 +156,28 @@ def test_growing_leaves_old_logits_unchanged_and_detaching_brings_the_model_back
 
 
 def test_growing_with_text_teaches_the_gate_where_to_open() -> None:
-    module = tiny_module()
-    gate = GateTraining(
-        steps=30, batch_size=8, probe_sequences=16, probe_length=24, negatives_share=0, learning_rate=0.02
-    )
-    text = torch.full((16, 24), 7)
-    module.grow(replace(GROWTH, gate=gate), "sevens", text)
+    size = {"steps": 30, "batch_size": 8, "probe_sequences": 16, "probe_length": 24}
+    before = replace(GROWTH, gate=GateTraining(learns="before", negatives_share=0, learning_rate=0.02, **size))
+    after = replace(before, gate=replace(before.gate, learns="after"))
+    text, zeros = torch.full((16, 24), 7), torch.zeros(2, 24, dtype=torch.long)
+    first, last = tiny_module(), tiny_module()
+    first.grow(before, "sevens", text)
+    last.grow(after, "sevens", text)
     with torch.inference_mode():
-        gates = module(text[:2]).gates
-    assert gates is not None and (gates[:, 4:] > 0).all()
+        held = last(zeros).gates
+    assert held is not None and (held == 1).all()
+    last.teach_gate(after, text)
+    with torch.inference_mode():
+        for module in (first, last):
+            gates, closed = module(text[:2]).gates, module(zeros).gates
+            assert gates is not None and (gates[:, 4:] > 0).all()
+            assert closed is not None and (closed[:, 4:] < 1).all()
     with pytest.raises(InputError, match="at least 8"):
-        module.grow(replace(GROWTH, gate=gate), "too-few", text[:3])
+        first.grow(before, "too-few", text[:3])
+    with pytest.raises(InputError, match="at least 8"):
+        last.teach_gate(after, text[:3])
+    with pytest.raises(InputError, match="no domain gate"):
+        tiny_module().teach_gate(after, text)
 
 
 def test_moments_of_what_still_trains_survive_a_growth_by_name() -> None:

@@ -16,7 +16,7 @@ from mfext.training.batch import Batch
 class Grow:
     """Trains the newest generation's own tensors except its domain gate.
 
-    The gate is trained and calibrated before, and stays fixed while the experts learn: a gate
+    The gate is taught before or after (`growth.gate.learns`) and stays fixed while the experts learn: a gate
     that moved would move the border between old and new domains that was calibrated.
     """
 
