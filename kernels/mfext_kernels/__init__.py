@@ -1,7 +1,8 @@
 """Kernels of mfext: routing bookkeeping, per-expert linear maps, stick-breaking attention, head with cross-entropy.
 
 Each op is a folder: `__init__` the contract, `reference` the plain version, `cpu` the fast one, `triton` the GPU's.
-Imports torch only (and triton, at the first call that takes it), never mfext. `self_check()` compares every fast version with its reference.
+Imports torch only (and triton, at the first call that takes it), never mfext.
+`self_check()` compares every fast version on the CPU with its reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A quick check of every op's fast version on the CPU against its float64 reference, for `mfext doctor` and the bench."""
+"""A quick check of every op's fast CPU version against its float64 reference, for `mfext doctor` and the bench."""
 
 from __future__ import annotations
 

@@ -21,13 +21,9 @@ def checked(name: str, dtype: torch.dtype) -> list[str]:
         return gpu.faults(torch.device("cpu"), (dtype,))
 
 
-@pytest.mark.parametrize("name", ["decoding", "gather", "scatter", "expert", "head", "attention in documents, C 20"])
+@pytest.mark.parametrize("name", ["decoding, C 20", "expert", "attention in documents, C 20"])
 def test_the_bench_finds_no_fault_in_fp32(name: str) -> None:
     assert checked(name, torch.float32) == []
-
-
-def test_the_bench_finds_no_fault_in_fp16() -> None:
-    assert checked("expert", torch.float16) == []
 
 
 def test_the_bench_finds_a_kernel_that_is_one_per_cent_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,8 @@ def compare(name: str, dispatch: Dispatch, sizes: tuple[int, ...], dtype: torch.
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("sizes", [(6,), (3, 1, 2)])
 @pytest.mark.parametrize("kind", ["spread", "empty experts", "one expert"])
-@pytest.mark.parametrize(("tokens", "chosen"), [(1, 1), (29, 3)])
+@pytest.mark.parametrize(("tokens", "chosen", "sizes"), [(1, 1, (6,)), (29, 3, (3, 1, 2))])
 def test_kernels_and_reference_agree(tokens: int, chosen: int, kind: str, sizes: tuple[int, ...], name: str) -> None:
     dispatch = make_dispatch(choose(kind, tokens, chosen, sum(sizes)), sum(sizes))
     compare(name, dispatch, sizes, torch.float32, relative_tolerance(torch.float32))
