@@ -1,4 +1,4 @@
-"""The only place that changes a model's shape or what in it trains."""
+"""The only place that changes a model's shape or what in it trains; what to change is planned elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mfext.config import ModelConfig
 from mfext.errors import InputError
-from mfext.growth.plan import AddBlocks, AddExperts, FreezeExperts, Plan, old_layers
+from mfext.growth.banks import bank_parameters
+from mfext.growth.plan import AddBlocks, AddExperts, FreezeExperts, Plan, PruneExperts, old_layers
 from mfext.model.experts import AttentionExperts, FeedForwardExperts
 from mfext.model.generation import Generation, GenerationLayer
 from mfext.model.initialisation import STD, draw_experts
@@ -27,10 +29,7 @@ def apply_plan(model: ModuleFormer, plan: Plan, usage: Usage | None = None) -> N
     starts new experts from the busiest ones (in order of number without it). Raises InputError
     where the plan was made for another model.
     """
-    if model.config != plan.before:
-        raise InputError(
-            "the plan does not fit the model", "growth", "it was made for another configuration; plan again"
-        )
+    require_fit(model, plan)
     for operation in plan.operations:
         if isinstance(operation, FreezeExperts):
             freeze(model)
@@ -38,12 +37,38 @@ def apply_plan(model: ModuleFormer, plan: Plan, usage: Usage | None = None) -> N
             _add(model, plan, operation, usage)
         elif isinstance(operation, AddBlocks):
             _insert(model, plan)
+        elif isinstance(operation, PruneExperts):
+            _cut(model, operation)
         else:
             del model.generations[len(model.generations) - 1]
-    model.config = plan.after
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.attention.config = module.feedforward.config = plan.after
+    set_config(model, plan.after)
+
+
+def require_fit(model: ModuleFormer, plan: Plan) -> None:
+    """Raise InputError where the plan was made for another model."""
+    if model.config != plan.before:
+        raise InputError(
+            "the plan does not fit the model", "growth", "it was made for another configuration; plan again"
+        )
+
+
+def set_config(model: ModuleFormer, config: ModelConfig) -> None:
+    """Tell the model, its blocks and its generations that they are now of this config."""
+    model.config = config
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.config = block.feedforward.config = config
+    for number, own in enumerate(config.generations, 1):
+        model.generation(number).config = own
+
+
+def put_parameter(model: ModuleFormer, name: str, value: Tensor) -> None:
+    """A new parameter, of another number of rows, in place of the one called `name`; it trains if that one did."""
+    owner, _, last = name.rpartition(".")
+    module, old = model.get_submodule(owner), model.get_parameter(name)
+    setattr(module, last, nn.Parameter(value.detach(), requires_grad=old.requires_grad))
+    if isinstance(module, nn.Linear):
+        module.out_features = value.shape[0]
 
 
 def freeze(model: LanguageModel) -> None:
@@ -72,11 +97,8 @@ def set_gate_thresholds(model: ModuleFormer, opens_at: float, full_at: float) ->
     if gate is None:
         raise InputError("no domain gate", generation.config.name, "only generations of mode gated have one")
     gate.config = replace(gate.config, opens_at=opens_at, full_at=full_at)
-    generation.config = replace(generation.config, gate=gate.config)
-    model.config = replace(model.config, generations=(*model.config.generations[:-1], generation.config))
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        block.attention.config = block.feedforward.config = model.config
+    newest = replace(generation.config, gate=gate.config)
+    set_config(model, replace(model.config, generations=(*model.config.generations[:-1], newest)))
 
 
 def hold_gate_open(model: ModuleFormer) -> None:
@@ -106,6 +128,13 @@ def _add(model: ModuleFormer, plan: Plan, operation: AddExperts, usage: Usage | 
         if generation.gate is not None:
             generation.gate.reset_parameters()
     model.generations.append(generation)
+
+
+def _cut(model: ModuleFormer, operation: PruneExperts) -> None:
+    """The rows of removed experts leave; a null choice behind them stays."""
+    for cut in operation.cuts:
+        for name, parameter in bank_parameters(model, cut.key).items():
+            put_parameter(model, name, parameter[[*cut.kept, *range(cut.of, parameter.shape[0])]])
 
 
 @torch.no_grad()

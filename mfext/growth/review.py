@@ -62,14 +62,14 @@ def review(model: ModuleFormer, new: Windows, old: Windows, growth: GrowthConfig
     generator = torch.Generator().manual_seed(seed)
     new_fit, new_held = hold_out(new, generator)
     old_fit, old_held = hold_out(old, generator)
-    new_before, old_before = _measure(model, new_held), _measure(model, old_held)
+    new_before, old_before = mean_loss(model, new_held), mean_loss(model, old_held)
     names = deciding_names(name for name, _ in model.named_parameters())
     set_trainable(model, names)
     _fit(model, new_fit, old_fit, growth, generator)
     freeze(model)
     gated = model.config.generations[-1].gate is not None
     gate = calibrate_gate(model, new_held, old_held, growth.gate, generator) if gated else None
-    new_after, old_after = _measure(model, new_held), _measure(model, old_held)
+    new_after, old_after = mean_loss(model, new_held), mean_loss(model, old_held)
     return Review(new_before, new_after, old_before, old_after, gate, time.monotonic() - begun)
 
 
@@ -135,7 +135,7 @@ def _language(model: ModuleFormer, windows: Windows) -> tuple[Tensor, ModelOutpu
 
 
 @torch.inference_mode()
-def _measure(model: ModuleFormer, windows: Windows) -> float:
+def mean_loss(model: ModuleFormer, windows: Windows) -> float:
     """Mean loss in nats per token, rows weighing the same."""
     parts = torch.split(torch.arange(len(windows)), ROWS)
     return sum(float(_language(model, windows.take(rows))[0]) * len(rows) for rows in parts) / len(windows)

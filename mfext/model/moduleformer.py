@@ -67,7 +67,13 @@ def changed_norm(norm: nn.LayerNorm, x_BTD: Tensor, changes: list[tuple[OpenToke
 
 
 class ModuleFormer(LanguageModel):
-    """The model: embedding, L blocks, final norm, untied head, and the generations grown on it."""
+    """The model: embedding, L blocks, final norm, untied head, and the generations grown on it.
+
+    `masked` is set inside `masked(model, plan)` (growth/masking.py) alone: its routers then hide experts, which the
+    decoding step of one token, reading their weights itself, would not see.
+    """
+
+    masked: bool = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,7 +114,7 @@ class ModuleFormer(LanguageModel):
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
         if (
             cache is not None
-            and not (return_hidden or return_attentions or self.observed)
+            and not (return_hidden or return_attentions or self.observed or self.masked)
             and self._decodes(input_ids, positions, cache)
         ):
             return self._decode(input_ids, cache)

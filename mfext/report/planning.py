@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mfext.report.quantities import count, size, whole
-from mfext.report.reading import Json, mapping, objects, text
+from mfext.report.quantities import count, plural, size, whole
+from mfext.report.reading import Json, listed, mapping, objects, text
 from mfext.report.reading import number as number_at
 from mfext.report.report import KeyValues, Report, Section, Table
 
@@ -38,6 +38,11 @@ def _details(operation: Json) -> str:
     if generation:
         counts = ", ".join(f"{kind} {generation.get(kind)}" for kind in ("attention_experts", "feedforward_experts"))
         return f"{text(generation, 'name')} ({text(generation, 'mode')}): {counts} per layer"
+    cuts = objects(operation, "cuts")
+    if cuts:
+        experts = sum(int(number_at(cut, "of") or 0) for cut in cuts)
+        kept = sum(len(listed(cut, "kept")) for cut in cuts)
+        return f"{whole(experts - kept)} of {whole(experts)} experts leave {plural(len(cuts), 'bank')}"
     names = operation.get("generations")
     return ", ".join(str(name) for name in names) if isinstance(names, list | tuple) else ""
 
