@@ -109,6 +109,12 @@ def chosen_banks(config: ModelConfig, settings: PruningConfig) -> tuple[BankKey,
     return keys
 
 
+def fewest_kept(config: ModelConfig, settings: PruningConfig) -> tuple[int, int]:
+    """Of the banks that may lose experts: how many experts must stay, and how many there are."""
+    keys = chosen_banks(config, settings)
+    return sum(fewest_experts(config, key) for key in keys), sum(num_experts(config, key) for key in keys)
+
+
 def random_scores(config: ModelConfig, seed: int) -> dict[BankKey, list[float]]:
     """A number between 0 and 1 for every expert, a pure function of the counts of experts and `seed`."""
     generator = torch.Generator().manual_seed(seed)
@@ -219,7 +225,8 @@ class RemovedExperts:
         keys = bank_keys(read.before)
         for cut in read.cuts:
             known = cut.key in keys and cut.of == num_experts(read.before, cut.key)
-            if not known or not set(cut.kept) < set(range(cut.of)) or list(cut.kept) != sorted(set(cut.kept)):
+            enough = known and len(cut.kept) >= fewest_experts(read.before, cut.key)
+            if not enough or not set(cut.kept) < set(range(cut.of)) or list(cut.kept) != sorted(set(cut.kept)):
                 raise InputError("removed experts of no bank", str(cut.key), "the file belongs to another model")
         return cls(read.before, read.cuts, tensors)
 

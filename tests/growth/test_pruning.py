@@ -42,6 +42,8 @@ from mfext.hub.molm import published_config, published_tensors
 from mfext.metrics.usage import UsageCounter, scores
 from mfext.model.losses import language_loss, routing_loss
 from mfext.model.moduleformer import ModuleFormer
+from mfext.report.planning import plan_report
+from mfext.report.report import Table
 from mfext.store import load_tensors, read_json_object, write_file_atomically
 from mfext.store_tensors import save_tensors
 from tests.growth.tiny_growth import MODES, TINY, bits, force_gate, grow, tokens, wake
@@ -244,6 +246,12 @@ def test_scores_of_a_shared_softmax_are_told_apart() -> None:
         assert all(joint[first + expert] <= worst for expert in range(size) if expert not in experts)
 
 
+def test_a_dry_run_says_how_many_experts_leave() -> None:
+    plan = random_plan(lively(), EVEN)
+    table = plan_report("prune", plan.to_json() | {"plan": plan.to_json()}).sections[0]
+    assert isinstance(table, Table) and table.rows == (("PruneExperts", "10 of 20 experts leave 4 banks"),)
+
+
 def test_only_the_banks_asked_for_lose_experts() -> None:
     config = lively(lineage=(SIDE, COMPETE)).config
     for settings, wanted in (
@@ -333,9 +341,9 @@ def test_a_pruned_model_and_what_left_it_survive_their_folders(tmp_path: Path) -
     )
     restore_experts(loaded, again)
     assert bits(loaded) == before
-    broken = [{**asdict(removed.cuts[0]), "of": 99}]
-    with pytest.raises(InputError, match="of no bank"):
-        RemovedExperts.from_parts(tensors, {**facts, "cuts": broken})
+    for wrong in ({"of": 99}, {"kept": []}, {"layer": 7}, {"kept": [1, 0]}):
+        with pytest.raises(InputError, match="of no bank"):
+            RemovedExperts.from_parts(tensors, {**facts, "cuts": [asdict(removed.cuts[0]) | wrong]})
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -475,6 +483,8 @@ def test_equal_counts_are_one_number_and_a_config_says_what_is_wrong_with_others
     assert same == TINY and json.dumps(to_mapping(same)) == json.dumps(to_mapping(TINY))
     uneven = replace(TINY, feedforward_experts=(4, 3))
     assert from_mapping(ModelConfig, json.loads(json.dumps(to_mapping(uneven)))) == uneven
+    with pytest.raises(InputError, match="whole number or list"):
+        from_mapping(ModelConfig, {"attention_experts": "many"})
     for counts, what in (((4, 3, 2), r"one a layer \(2\)"), ((4, 1), r"between 1 and feedforward_experts \(1\)")):
         with pytest.raises(ValueError, match=what):
             replace(TINY, feedforward_experts=counts)
