@@ -27,8 +27,9 @@ STRICTEST, LOOSEST = 0.98, 0.2
 
 @dataclass(frozen=True)
 class GateCalibration:
-    """Where the gate opens and what that cost on held-out text (shares of tokens)."""
+    """Where the gate opens and what that cost on held-out text (shares of tokens); `max_false_open` was the budget."""
 
+    max_false_open: float
     opens_at: float
     full_at: float
     false_open: float
@@ -91,6 +92,7 @@ def calibrate_gate(
     full_at = opens_at + settings.ramp * (1 - opens_at)
     set_gate_thresholds(model, opens_at, full_at)
     return GateCalibration(
+        settings.max_false_open,
         opens_at,
         full_at,
         float((old_p > opens_at).double().mean()),
