@@ -180,15 +180,12 @@ def evaluate(
     Results are a pure function of the arguments. DivergedError where a loss is not finite.
     """
     assert len(documents) == len(document_bytes), "one byte count per document"
-    lengths = [len(document) for document in documents]
-    pieces = [np.asarray((scoring.bos_id, *document), dtype=np.int64) for document in documents]
-    ids_P = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.zeros(0, dtype=torch.int64)
-    offsets_D = np.cumsum([0, *lengths])
+    offsets_D = _offsets(documents)
     nats_P = torch.zeros(int(offsets_D[-1]), dtype=torch.float64)
     levels_PS: Tensor | None = None
     done = 0
     with torch.inference_mode(), _evaluation_mode(model):
-        for batch in _batches(cut_windows(lengths, scoring.window), offsets_D, ids_P, scoring):
+        for batch in _batches(documents, scoring):
             output = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT)
             nats_P[batch.text_positions_M] = _losses(output.logits, batch.scored_M, batch.targets_M)
             if output.gates is not None:
@@ -206,7 +203,37 @@ def evaluate(
     document_nats = _document_sums(nats_P, offsets_D)
     gates = () if levels_PS is None else _gate_usage(levels_PS.numpy(), offsets_D)
     counted = None if usage is None else usage.usage()
-    return Evaluation(document_nats, tuple(lengths), tuple(document_bytes), gates, counted)
+    return Evaluation(document_nats, tuple(np.diff(offsets_D).tolist()), tuple(document_bytes), gates, counted)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Every token of documents: loss in nats (P), and g of every gate (P, S; S = 0 without gates) as it predicted it.
+
+    Document d holds the tokens from `offsets_D[d]` to before `offsets_D[d + 1]`.
+    """
+
+    nats_P: NDArray[np.float64]
+    gates_PS: NDArray[np.float32]
+    offsets_D: NDArray[np.int64]
+
+
+def score_tokens(model: Scorable, documents: Sequence[Sequence[int]], scoring: Scoring) -> TokenScores:
+    """The same pass as `evaluate`, with nothing summed. DivergedError where a loss is not finite."""
+    offsets_D = _offsets(documents)
+    nats_P = torch.zeros(int(offsets_D[-1]), dtype=torch.float64)
+    gates_PS = torch.zeros(nats_P.numel(), 0)
+    with torch.inference_mode(), _evaluation_mode(model):
+        for batch in _batches(documents, scoring):
+            output = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT)
+            nats_P[batch.text_positions_M] = _losses(output.logits, batch.scored_M, batch.targets_M)
+            if output.gates is not None:
+                gates_MS = output.gates.flatten(0, 1)[batch.scored_M].float().cpu()
+                if gates_PS.shape[1] != gates_MS.shape[1]:
+                    gates_PS = gates_MS.new_zeros(nats_P.numel(), gates_MS.shape[1])
+                gates_PS[batch.text_positions_M] = gates_MS
+    _require_finite(nats_P, offsets_D)
+    return TokenScores(nats_P.numpy(), gates_PS.numpy(), offsets_D)
 
 
 @contextmanager
@@ -233,8 +260,17 @@ class _Batch:
     text_positions_M: Tensor
 
 
-def _batches(windows: Windows, offsets_D: NDArray[np.int64], ids_P: Tensor, scoring: Scoring) -> Iterator[_Batch]:
+def _offsets(documents: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Where each document's tokens begin in the whole text, and its end."""
+    return np.cumsum([0, *(len(document) for document in documents)])
+
+
+def _batches(documents: Sequence[Sequence[int]], scoring: Scoring) -> Iterator[_Batch]:
     """Batches of windows of like length, longest first so that memory peaks at once; ties keep document order."""
+    offsets_D = _offsets(documents)
+    pieces = [np.asarray((scoring.bos_id, *document), dtype=np.int64) for document in documents]
+    ids_P = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.zeros(0, dtype=torch.int64)
+    windows = cut_windows(np.diff(offsets_D).tolist(), scoring.window)
     order_W = np.argsort(-windows.length_W, kind="stable")
     # Every document before this one added its bos to the ids, but not to the text.
     shift_D = np.arange(offsets_D.size)
@@ -279,14 +315,18 @@ def _levels(gates_MS: Tensor) -> Tensor:
 
 def _document_sums(nats_P: Tensor, offsets_D: NDArray[np.int64]) -> tuple[float, ...]:
     """Float64 sums per document, in text order whatever the batches were."""
+    _require_finite(nats_P, offsets_D)
+    nats = nats_P.numpy()
+    return tuple(float(nats[a:b].sum()) for a, b in pairwise(offsets_D))
+
+
+def _require_finite(nats_P: Tensor, offsets_D: NDArray[np.int64]) -> None:
     finite_P = torch.isfinite(nats_P)
     if not bool(finite_P.all()):
         first = int((~finite_P).nonzero()[0, 0])
         document = int(np.searchsorted(offsets_D, first, side="right")) - 1
         where = f"token {first - offsets_D[document]} of document {document}"
         raise DivergedError("a loss is not finite", where, "the model's weights went bad; evaluate an earlier stage")
-    nats = nats_P.numpy()
-    return tuple(float(nats[a:b].sum()) for a, b in pairwise(offsets_D))
 
 
 def _gate_usage(levels_PS: NDArray[np.uint8], offsets_D: NDArray[np.int64]) -> tuple[GateUsage, ...]:
