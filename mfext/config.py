@@ -169,7 +169,7 @@ class ModelConfig:
             require(self, key, len(counts) == self.num_layers, rule)
             if len(set(counts)) == 1:
                 object.__setattr__(self, key, counts[0])
-        fewest = min(self.experts(kind, layer) for layer in range(self.num_layers))
+        fewest = min(counts) if isinstance(counts, tuple) else counts
         rule = f"between 1 and {key} ({fewest})"
         require(self, f"{key}_per_token", 1 <= self.experts_per_token(kind) <= fewest, rule)
 
