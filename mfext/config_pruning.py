@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mfext.config_checks import require, require_at_least, require_choices
 
@@ -21,6 +21,9 @@ class PruningConfig:
     `criterion`: what makes an expert worth keeping on a text: its share of the choices (usage), the gate it is given
     (gate_mass), gate times the norm of its output (contribution), the loss without it (ablation), or nothing (random).
 
+    Experts are chosen on the first `sample_bytes` of train text (ablation: on `ablation_windows` windows of it). The
+    curve is of every criterion in `curve_criteria` at every share in `curve`.
+
     `max_loss_increase` (0.01 is 1 %) asks for the smallest model within it, in place of `keep` and `target`;
     `heal_tokens` is what the pruned model then trains on.
     """
@@ -34,6 +37,10 @@ class PruningConfig:
     generations: str | tuple[str, ...] = "all"
     max_loss_increase: float | None = None
     heal_tokens: int = 0
+    sample_bytes: int = 65_536
+    ablation_windows: int = 32
+    curve: tuple[float, ...] = (0.75, 0.5, 0.375, 0.25, 0.125)
+    curve_criteria: tuple[PruningCriterion, ...] = ("contribution", "gate_mass", "usage", "ablation", "random")
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -47,3 +54,8 @@ class PruningConfig:
         bounded = self.max_loss_increase is None or self.max_loss_increase >= 0
         require(self, "max_loss_increase", bounded, "at least 0 (0.01 allows 1 %), or null")
         require_at_least(0, self, "heal_tokens")
+        require_at_least(1, self, "sample_bytes", "ablation_windows")
+        require(self, "curve", all(0 < keep < 1 for keep in self.curve), "shares between 0 and 1")
+        for criterion in self.curve_criteria:
+            known = get_args(PruningCriterion)
+            require(self, "curve_criteria", criterion in known, f"some of {', '.join(known)}")

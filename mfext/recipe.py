@@ -33,7 +33,12 @@ from mfext.conversion import did_you_mean, from_mapping, to_mapping
 from mfext.errors import InputError
 from mfext.paths import shipped_folder
 
-DEFAULT_RECIPES = {"grow": "grow_code", "continual": "stream_embedded", "pretrain": "pretrain_small"}
+DEFAULT_RECIPES = {
+    "grow": "grow_code",
+    "continual": "stream_embedded",
+    "pretrain": "pretrain_small",
+    "prune": "prune_model",
+}
 GROUPS = ("model", "growth", "method", "pruning", "training", "trainer", "logger")
 
 _MAX_BYTES = 65_536
@@ -337,7 +342,7 @@ def _pretrain_is_its_base(plain: dict[str, Any]) -> None:
 def _check_references(recipe: Recipe, verb: str) -> None:
     """Names and folders that can be wrong are found now, not after torch has loaded."""
     domains = (*recipe.default_base.domains, *recipe.bystanders)
-    own = {"pretrain": (), "grow": (recipe.domain,), "continual": recipe.domains}[verb]
+    own = {"pretrain": (), "grow": (recipe.domain,), "prune": (recipe.domain,), "continual": recipe.domains}[verb]
     for reference in (*own, *domains):
         check_domain(reference)
     if recipe.base is not None and not Path(recipe.base).expanduser().is_dir():

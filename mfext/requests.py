@@ -12,6 +12,7 @@ from typing import Literal
 
 from mfext.config_checks import require_choices
 from mfext.config_evaluation import EvaluationConfig
+from mfext.config_switching import SwitchConfig
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,35 @@ DEFAULT_INVOCATION = Invocation()
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Losses and expert usage of a model on domains. `tokenizer` None takes the one named in the model folder."""
+    """Losses and expert usage of a model on domains. `tokenizer` None takes the one named in the model folder.
+
+    `switch` asks for documents that change domain on the way, and for short ones; it needs two domains.
+    """
 
     model: str
     domains: tuple[str, ...]
     tokenizer: str | None = None
     seed: int = 1
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    switch: SwitchConfig = field(default_factory=SwitchConfig)
 
     def __post_init__(self) -> None:
         if not self.domains:
             raise ValueError("domains=(): must be at least one name, folder or hf:owner/name")
+        if self.switch.on and len(set(self.domains)) < 2:
+            raise ValueError(f"domains={self.domains!r}: must be at least two to switch between them")
+        if not self.switch.on and self.switch != SwitchConfig():
+            raise ValueError(f"switch={self.switch!r}: needs --switch")
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """The pruning run whose removed experts go back, into its own pruned model or, `model`, one grown from it since."""
+
+    run: str
+    out: str
+    model: str | None = None
+    seed: int = 1
 
 
 @dataclass(frozen=True)

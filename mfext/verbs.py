@@ -121,9 +121,42 @@ VERBS = (
             Flag("--domain", "domains", "list", "domains joined by commas", "A,B"),
             Flag("--split", "evaluation.split", "text", "validation, or test for final numbers", "NAME"),
             Flag("--max-bytes", "evaluation.max_bytes", "whole", "cap of each domain", "N"),
+            Flag("--switch", "switch.on", "switch", "also documents that change domain and back, and short ones"),
             _TOKENIZER,
             *_COMMON,
         ),
+    ),
+    Verb(
+        "prune",
+        "mfext.commands.prune",
+        "recipe",
+        "keep only the experts a domain needs: the curve of what that costs, and the smaller model",
+        "mfext prune --model my_run --domain code --keep 0.5",
+        (
+            Flag("--model", "base", "text", "model or run folder to prune", "DIR"),
+            Flag("--domain", "domain", "text", "the domain to keep experts for", "D"),
+            Flag("--keep", "pruning.keep", "number", "share of the experts to keep", "X"),
+            Flag("--criterion", "pruning", "group", "contribution, gate_mass, usage, ablation or random", "NAME"),
+            Flag(
+                "--max-loss-increase", "pruning.max_loss_increase", "number", "the fewest within it; 0.01 is 1 %", "X"
+            ),
+            Flag("--method", "method", "group", "fine-tune first: full, concentrate, ...; frozen does not", "NAME"),
+            _TOKENIZER,
+            *_RECIPE,
+        ),
+    ),
+    Verb(
+        "restore",
+        "mfext.commands.restore",
+        "RestoreRequest",
+        "put the experts a pruning removed back in their places, bit for bit",
+        "mfext restore runs/prune-code --out whole",
+        (
+            Flag("--model", "model", "text", "the pruned model, grown since or not; else the run's own", "DIR"),
+            Flag("--out", "out", "text", "folder for the whole model", "DIR"),
+            *_COMMON,
+        ),
+        positional="run",
     ),
     Verb(
         "inspect",

@@ -53,15 +53,15 @@ def follow(recipe: Recipe, scene: Scene, base: OpenedModel, opened: Run, console
     within = prepare_within(scene.domains, scene.tokenizer, recipe.evaluation)
     if scene.start:
         _commit_random(recipe, base, opened)
-    _commit_base(scene, base, opened, recipe)
+    commit_base(scene, base, opened, recipe)
     for stage in opened.stages():
         if stage.index <= scene.start:
-            _measure(stage, 0, (columns, within), recipe, opened, console)
+            measure_committed(stage, 0, (columns, within), recipe, opened, console)
     for lesson in scene.lessons:
         work = Work(recipe, scene, lesson, opened, console)
         done = learn(work, within)
         prove_frozen(work)
-        _measure(done, lesson.training.steps, (columns, within), recipe, opened, console)
+        measure_committed(done, lesson.training.steps, (columns, within), recipe, opened, console)
     report = run_report(opened, verb_of(opened), recipe)
     return write_reports(opened, report, recipe.seed, config_hash(recipe))
 
@@ -83,7 +83,7 @@ def _commit_random(recipe: Recipe, base: OpenedModel, opened: Run) -> None:
     opened.commit_stage(0, RANDOM_NAME, tensors, to_mapping(base.model.config), {}, metadata)
 
 
-def _commit_base(scene: Scene, base: OpenedModel, opened: Run, recipe: Recipe) -> None:
+def commit_base(scene: Scene, base: OpenedModel, opened: Run, recipe: Recipe) -> None:
     """The base, untouched, as a stage of the run, so that the run stands on its own."""
     if find_stage(opened, scene.start) is not None:
         return
@@ -98,7 +98,7 @@ def _commit_base(scene: Scene, base: OpenedModel, opened: Run, recipe: Recipe) -
     opened.commit_stage(scene.start, name, model_tensors(base.model), to_mapping(base.model.config), {}, metadata)
 
 
-def _measure(
+def measure_committed(
     stage: Stage,
     step: int,
     columns: tuple[Sequence[Column], Sequence[Column]],
@@ -106,6 +106,7 @@ def _measure(
     opened: Run,
     console: Console,
 ) -> None:
+    """The ledger's rows of one committed stage: the matrix's columns, and those measured inside stages."""
     loaded = open_model(stage.folder)
     moment = Moment(stage.index, stage.name, step, loaded.sha256, recipe.seed)
     measure_stage(loaded.model, columns[0], moment, recipe, opened, console)

@@ -46,7 +46,7 @@ def grow_model(
     probes = None
     if settings.probe != "none" and not (gated and settings.learns == "after"):
         probes = _probes(model, recipe, kept, console)
-    new = _new_windows(stream, settings.new_sequences)
+    new = new_windows(stream, settings.new_sequences)
     if gated and probes is not None:
         console.say("growing; training the domain gate")
     growth = grow(model, plan, recipe.growth, new, probes, recipe.seed)
@@ -73,7 +73,7 @@ def teach_gate(
     probes = _probes(model, recipe, kept, console, len(model.generations) - 1)
     console.say("taking samples of what the new experts learned; training the domain gate")
     own = own_samples(model, settings.probe_sequences, settings.probe_length, recipe.seed)
-    new = _new_windows(stream, settings.new_sequences)
+    new = new_windows(stream, settings.new_sequences)
     gate = train_gate(model, new, probes, settings, recipe.seed, own)
     _say_gate(gate, console)
     return {"gate": asdict(gate), "generation": to_mapping(model.config.generations[-1])}
@@ -94,7 +94,7 @@ def review_model(
     settings = recipe.growth.gate
     if settings.probe == "none":
         raise InputError("a review needs probes of old text", "growth.review", "use gate.probe=self, or review.steps=0")
-    new = _new_windows(stream, settings.new_sequences)
+    new = new_windows(stream, settings.new_sequences)
     probes = _probes(before, recipe, kept, console)
     reviewed = review(model, new, probes, recipe.growth, recipe.seed)
     facts: dict[str, object] = {"review": asdict(reviewed), "generation": to_mapping(model.config.generations[-1])}
@@ -129,7 +129,7 @@ def _gate_tensors(model: ModuleFormer) -> dict[str, Tensor]:
     }
 
 
-def _new_windows(stream: TokenStream, count: int) -> Windows:
+def new_windows(stream: TokenStream, count: int) -> Windows:
     """Windows of the new domain, the first of the stage's own order."""
     batches: list[Mapping[str, Tensor]] = []
     taken = 0

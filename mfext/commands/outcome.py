@@ -21,7 +21,7 @@ from mfext.metrics.ledger import Ledger, LedgerRow
 from mfext.metrics.transfer_matrix import TransferMatrix
 from mfext.report import sections
 from mfext.report.as_json import to_json
-from mfext.report.extras import extras_of
+from mfext.report.extras import Extras, extras_of
 from mfext.report.html import to_html
 from mfext.report.markdown import to_markdown
 from mfext.report.report import Report
@@ -94,6 +94,8 @@ def run_data(opened: Run, recipe: Recipe, verb: str) -> dict[str, object]:
 
 def _num_stages(recipe: Recipe, verb: str) -> int:
     """Stages of a finished run, the base's included."""
+    if verb == "prune":
+        return 2 + (recipe.method != "frozen") + (recipe.pruning.heal_tokens > 0)
     if verb != "continual":
         return 1 if verb == "pretrain" else 2
     start = 0 if recipe.base is not None else 1
@@ -158,7 +160,12 @@ def _within_rows(opened: Run) -> list[LedgerRow]:
 def run_report(opened: Run, verb: str, recipe: Recipe) -> Report:
     """The report of a run, from what is stored in it."""
     data = run_data(opened, recipe, verb)
-    return sections.run_report(verb, data, extras_of(data, _raw(opened, recipe)))
+    return sections.run_report(verb, data, run_extras(data, opened, recipe))
+
+
+def run_extras(data: Mapping[str, object], opened: Run, recipe: Recipe) -> Extras:
+    """What a report shows beside the stable JSON, checked."""
+    return extras_of(data, _raw(opened, recipe))
 
 
 def _raw(opened: Run, recipe: Recipe) -> dict[str, object]:

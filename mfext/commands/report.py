@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mfext.commands.outcome import run_report, verb_of, write_reports
+from mfext.commands.prune_outcome import prune_report
 from mfext.commands.sweep_results import write_results
 from mfext.recipe import config_hash, recipe_of_run
 from mfext.report.export import csv_files, latex_files
@@ -57,7 +58,8 @@ def _sweep_report(path: Path) -> Report:
 def _run_report(path: Path) -> Report:
     opened = Run.open(path, read_only=True)
     recipe = recipe_of_run(path, {})
-    report = run_report(opened, verb_of(opened), recipe)
+    verb = verb_of(opened)
+    report = prune_report(opened, recipe) if verb == "prune" else run_report(opened, verb, recipe)
     if not report.data["finished"]:
         unfinished = f"THIS RUN IS NOT FINISHED: mfext {verb_of(opened)} --resume {path} continues it"
         report = replace(report, alarms=(*report.alarms, unfinished))

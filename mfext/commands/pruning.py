@@ -1,0 +1,228 @@
+"""What `prune` does to a model: scores, the curve of what is kept against loss, and the smaller model committed.
+
+Every point of the curve is a model made physically smaller and measured; it is kept in the run's curve.json as soon as
+it is known, so that an interrupted run goes on behind it. Experts are chosen on train text and measured on other text.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mfext import __version__
+from mfext.commands.growing import new_windows
+from mfext.commands.measuring import Column, Moment, measure
+from mfext.commands.models import OpenedModel, model_tensors
+from mfext.commands.preparing import Work, text_of
+from mfext.commands.usage import usage_of
+from mfext.config import Recipe
+from mfext.config_pruning import PruningConfig, PruningCriterion
+from mfext.conversion import to_mapping
+from mfext.domains.domain import Domain
+from mfext.errors import InputError
+from mfext.growth.banks import BankKey, bank_keys, num_experts
+from mfext.growth.growable import growable
+from mfext.growth.masking import MOST_DIFFERENCE, ablation_scores, prove_pruning
+from mfext.growth.plan import Plan, count_parameters
+from mfext.growth.probes import Windows
+from mfext.growth.pruning import (
+    Scores,
+    apply_pruning,
+    fewest_kept,
+    plan_pruning,
+    pruning_cuts,
+    random_scores,
+    restore_experts,
+)
+from mfext.metrics.ledger import LedgerRow
+from mfext.metrics.usage import scores as usage_scores
+from mfext.model.moduleformer import ModuleFormer
+from mfext.report.terminal import Console
+from mfext.store import Run, Stage, model_hash, read_json_object, save_model
+
+CURVE = "curve.json"
+REMOVED = "removed"
+"""The folder in a run that holds the experts removed, so that they can be put back."""
+PRUNED, HEALED = "pruned", "healed"
+PROBED = 8
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """One model to prune: the stage it is, the domain it is pruned for, and what it is measured on."""
+
+    work: Work
+    origin: Stage
+    target: Domain
+    columns: Sequence[Column]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.work.recipe
+
+    @property
+    def opened(self) -> Run:
+        return self.work.opened
+
+    @property
+    def console(self) -> Console:
+        return self.work.console
+
+    def windows(self, count: int) -> Windows:
+        """Train windows of the target, the first of the stage's own order."""
+        return new_windows(text_of(self.work, (self.target,)), count)
+
+
+def scores_of(cutting: Cutting, criterion: PruningCriterion, full: OpenedModel) -> Scores:
+    """What every expert is worth on the target's train text; a bank that no token of it reaches is worth nothing."""
+    model, settings = growable(full.model), cutting.recipe.pruning
+    if criterion == "random":
+        return random_scores(model.config, cutting.recipe.seed)
+    if criterion == "ablation":
+        cutting.console.say("ablation: the loss without each expert alone")
+        return ablation_scores(model, cutting.windows(settings.ablation_windows))
+    sample = replace(cutting.recipe.evaluation, split="train", max_bytes=settings.sample_bytes)
+    usage = usage_of(full, (cutting.target,), sample, cutting.console, cutting.recipe.tokenizer)[cutting.target.name]
+    own = [key for key in bank_keys(model.config) if not (key[2] and _joins(model, key))]
+    return {**{key: [0.0] * num_experts(model.config, key) for key in own}, **usage_scores(usage, criterion)}
+
+
+def _joins(model: ModuleFormer, key: BankKey) -> bool:
+    return model.config.generations[key[2] - 1].joins_softmax
+
+
+def draw_curve(cutting: Cutting, full: OpenedModel) -> list[dict[str, object]]:
+    """Every criterion at every share kept: smaller models, measured on every column. What curve.json holds stays."""
+    settings, points = cutting.recipe.pruning, read_curve(cutting.opened)
+    done = {(point["criterion"], point["keep"]) for point in points}
+    for criterion in settings.curve_criteria:
+        wanted = [keep for keep in settings.curve if (criterion, keep) not in done]
+        scores = scores_of(cutting, criterion, full) if wanted else {}
+        for keep in wanted:
+            points = [*points, _point(cutting, full, replace(settings, criterion=criterion, keep=keep), scores)]
+            cutting.opened.write_report_file(CURVE, json.dumps({"points": points}))
+    return points
+
+
+def read_curve(opened: Run) -> list[dict[str, object]]:
+    """The points measured so far, in the order they were."""
+    path = opened.path / CURVE
+    points = read_json_object(path)["points"] if path.is_file() else []
+    return points if isinstance(points, list) else []
+
+
+def _point(cutting: Cutting, full: OpenedModel, settings: PruningConfig, scores: Scores) -> dict[str, object]:
+    point: dict[str, object] = {"criterion": settings.criterion, "keep": settings.keep}
+    model = growable(full.model)
+    shared = replace(settings, unit="share", target=None)
+    try:
+        plan = plan_pruning(model.config, scores, shared)
+    except InputError as error:  # below what tokens choose: said in the report, no reason to stop
+        return {**point, "reason": str(error), "rows": []}
+    smaller = copy.deepcopy(model)
+    apply_pruning(smaller, plan)
+    begun = time.process_time()
+    rows = measure_columns(cutting, smaller, cutting.columns)
+    spent_s = time.process_time() - begun
+    cutting.console.say(f"{settings.criterion}: {settings.keep:.1%} kept, {_losses(rows)}")
+    return {
+        **point,
+        "params": count_parameters(plan.after).total,
+        "tokens_per_s": sum(row.tokens for row in rows) / max(spent_s, 1e-9),
+        "cuts": cuts_json(plan),
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def measure_columns(cutting: Cutting, model: ModuleFormer, columns: Sequence[Column]) -> list[LedgerRow]:
+    """Ledger rows of a model that is no stage."""
+    moment = Moment(cutting.origin.index, "curve", 0, "", cutting.recipe.seed)
+    return measure(model, columns, moment, cutting.recipe.evaluation, lambda line: None)[0]
+
+
+def _losses(rows: Sequence[LedgerRow]) -> str:
+    return ", ".join(f"{row.domain} {row.bits_per_byte or 0:.3f}" for row in rows[:4]) + " bits per byte"
+
+
+def cuts_json(plan: Plan) -> list[dict[str, object]]:
+    """Every bank that loses experts: which stay, of how many."""
+    return [
+        {"layer": cut.layer, "kind": cut.kind, "generation": cut.generation, "kept": list(cut.kept), "of": cut.of}
+        for cut in pruning_cuts(plan)
+    ]
+
+
+def choose_cuts(cutting: Cutting, full: OpenedModel) -> Plan:
+    """The plan asked for: by `keep` or `target`, or the fewest experts within `max_loss_increase` on the target.
+
+    That search halves the span of counts, as if the loss rose with every expert that leaves.
+    """
+    settings, model = cutting.recipe.pruning, growable(full.model)
+    scores = scores_of(cutting, settings.criterion, full)
+    if settings.max_loss_increase is None:
+        return plan_pruning(model.config, scores, settings)
+    own = [column for column in cutting.columns if column.domain == cutting.target.name]
+    allowed = _loss(measure_columns(cutting, model, own)) * (1 + settings.max_loss_increase)
+    fewest, total = fewest_kept(model.config, settings)
+    low, high, best = fewest, total, plan_pruning(model.config, scores, replace(settings, keep=1.0))
+    while low < high:
+        middle = (low + high) // 2
+        plan = plan_pruning(model.config, scores, replace(settings, keep=middle / total))
+        smaller = copy.deepcopy(model)
+        apply_pruning(smaller, plan)
+        loss = _loss(measure_columns(cutting, smaller, own))
+        cutting.console.say(f"{middle} of {total} experts: {loss / allowed - 1:+.1%} of the loss allowed")
+        if loss <= allowed:
+            high, best = middle, plan
+        else:
+            low = middle + 1
+    return best
+
+
+def _loss(rows: Sequence[LedgerRow]) -> float:
+    loss = rows[0].nats_per_byte
+    assert loss is not None, "a column has text"
+    return loss
+
+
+def commit_pruned(cutting: Cutting, full: OpenedModel, plan: Plan, index: int) -> Stage:
+    """Apply `plan` to a copy, prove it, and commit the smaller model; what left goes to the run's folder `removed`."""
+    model, before = growable(full.model), model_hash(model_tensors(full.model))
+    smaller = copy.deepcopy(model)
+    removed = apply_pruning(smaller, plan)
+    probe = cutting.windows(PROBED)
+    difference = prove_pruning(model, smaller, plan, probe.input_ids, probe.document_starts)
+    tensors = model_tensors(smaller)
+    again = copy.deepcopy(smaller)
+    restore_experts(again, removed)
+    facts: dict[str, object] = {
+        "method": "prune",
+        "criterion": cutting.recipe.pruning.criterion,
+        "target": cutting.target.name,
+        "cuts": cuts_json(plan),
+        "masked_difference": difference,
+        "equals_masked": difference <= MOST_DIFFERENCE,
+        "restores_exactly": model_hash(model_tensors(again)) == before and again.config == model.config,
+    }
+    out_tensors, out_facts = removed.to_parts()
+    left = {"removed": out_facts, "from_sha256": before, "pruned_sha256": model_hash(tensors)}
+    save_model(out_tensors, to_mapping(plan.before), cutting.opened.path / REMOVED, left)
+    metadata = _metadata(cutting, facts, model_hash(tensors))
+    return cutting.opened.commit_stage(index, PRUNED, tensors, to_mapping(smaller.config), {}, metadata)
+
+
+def _metadata(cutting: Cutting, facts: Mapping[str, object], sha256: str) -> dict[str, object]:
+    before = cutting.origin.manifest.metadata
+    earlier = before.get("lineage", [])
+    lineage = [*(earlier if isinstance(earlier, list) else [])]
+    entry = {"stage": len(lineage), "name": PRUNED, "domains": [], "sha256": sha256, **facts}
+    return {
+        **{key: before[key] for key in ("domains", "tokenizer") if key in before},
+        "lineage": [*lineage, entry],
+        "seed": cutting.recipe.seed,
+        "mfext_version": __version__,
+        "facts": dict(facts),
+    }
