@@ -101,7 +101,7 @@ def test_groups_change_many_keys_at_once() -> None:
     recipe = load_recipe("grow", None, ["growth=compete", "method=full", "trainer=ddp"])
     assert (recipe.growth.mode, recipe.method, recipe.trainer.strategy) == ("compete", "full", "ddp")
     assert recipe.growth.embedding_rank == 0
-    assert recipe.training.learning_rate == 2e-3
+    assert recipe.training.learning_rate == 4e-3
 
 
 def test_flags_win_over_overrides_and_may_hold_any_text(tmp_path: Path) -> None:

@@ -127,7 +127,10 @@ def planned(recipe: Recipe, config: ModelConfig) -> Report:
 
 def _plan_by_lot(recipe: Recipe, config: ModelConfig) -> Plan:
     """The plan where lots decide who leaves: as many as any criterion would remove. Raises what the real one would."""
-    return plan_pruning(config, random_scores(config, recipe.seed), replace(recipe.pruning, criterion="random"))
+    settings = replace(recipe.pruning, criterion="random")
+    if settings.max_loss_increase is not None:
+        settings = replace(settings, unit="share", target=None, keep=1.0)
+    return plan_pruning(config, random_scores(config, recipe.seed), settings)
 
 
 def _stage(opened: Run, index: int) -> Stage:

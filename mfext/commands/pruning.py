@@ -167,7 +167,8 @@ def choose_cuts(cutting: Cutting, full: OpenedModel) -> Plan:
     own = [column for column in cutting.columns if column.domain == cutting.target.name]
     allowed = _loss(measure_columns(cutting, model, own)) * (1 + settings.max_loss_increase)
     fewest, total = fewest_kept(model.config, settings)
-    low, high, best = fewest, total, plan_pruning(model.config, scores, replace(settings, keep=1.0))
+    settings = replace(settings, unit="share", target=None, keep=1.0)
+    low, high, best = fewest, total, plan_pruning(model.config, scores, settings)
     while low < high:
         middle = (low + high) // 2
         plan = plan_pruning(model.config, scores, replace(settings, keep=middle / total))

@@ -203,5 +203,5 @@ def _table(data: Json) -> Table:
         columns=("criterion", "kept", "parameters", target, "rise", "95 %, bits per byte", "others, mean rise"),
         rows=tuple(rows),
         text_columns=("criterion",),
-        note="Experts are chosen on train text and measured on the evaluation split. Rises are against the whole model.",
+        note="Experts are chosen on train text, measured on the evaluation split. Rises are against the whole model.",
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NoReturn, Self
+from typing import Self
 
 import lightning
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from mfext.config import GrowthConfig, TrainingConfig
-from mfext.errors import InputError
+from mfext.config_pruning import PruningConfig
 from mfext.growth.apply import apply_plan, freeze, set_trainable
 from mfext.growth.gate_training import GateCalibration, require_gate, train_gate
 from mfext.growth.growable import growable
 from mfext.growth.growing import grow
 from mfext.growth.plan import Plan, plan_detach, plan_growth
 from mfext.growth.probes import Windows, document_starts, own_samples, self_probes
+from mfext.growth.pruning import RemovedExperts, Scores, apply_pruning, plan_pruning
 from mfext.model.language_model import LanguageModel, ModelOutput
 from mfext.model.losses import language_loss, routing_loss
 from mfext.training.batch import read_batch
@@ -138,13 +139,16 @@ class ContinualModuleFormer(lightning.LightningModule):
         freeze(self.model)
         return self
 
-    def prune(self) -> NoReturn:
-        """Raises InputError: not available in this version."""
-        raise InputError(
-            "pruning is not available in this version",
-            "ContinualModuleFormer.prune",
-            "see CHANGELOG for the version that has it",
-        )
+    def prune(self, scores: Scores, settings: PruningConfig) -> RemovedExperts:
+        """Remove the experts of the lowest `scores` (growth.pruning) for good; nothing trains until `choose`.
+
+        What is returned goes back with `growth.pruning.restore_experts`. Raises InputError where the
+        budget is below what tokens choose, a score is missing, or the model is dense.
+        """
+        model = growable(self.model)
+        removed = apply_pruning(model, plan_pruning(model.config, scores, settings))
+        freeze(model)
+        return removed
 
     # -- one step ----------------------------------------------------------------------------
 

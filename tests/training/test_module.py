@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mfext.config import GateTraining, TrainingConfig
+from mfext.config_pruning import PruningConfig
 from mfext.errors import DivergedError, InputError
+from mfext.growth.pruning import random_scores, restore_experts
+from mfext.model.moduleformer import ModuleFormer
 from mfext.training.batch import read_batch
 from mfext.training.methods.full import Full
 from mfext.training.module import ContinualModuleFormer
@@ -201,10 +204,21 @@ def test_a_gate_closed_on_the_whole_batch_trains_nothing_and_fails_nothing() -> 
     assert same_bits(weights(module), before)
 
 
-def test_a_frozen_model_refuses_to_train_and_pruning_says_that_it_is_not_there() -> None:
+def test_a_frozen_model_refuses_to_train() -> None:
     module = tiny_module().freeze()
     assert isinstance(module, ContinualModuleFormer)
     with pytest.raises(InputError, match="nothing to train"):
         trainer(max_steps=1).fit(module, loader(1))
-    with pytest.raises(InputError, match="pruning is not available in this version"):
-        module.prune()
+
+
+def test_experts_leave_by_their_scores_and_come_back() -> None:
+    module = tiny_module()
+    before, config = {name: value.clone() for name, value in weights(module).items()}, module.model.config
+    removed = module.prune(random_scores(config, 1), PruningConfig(criterion="random", keep=0.75))
+    assert sum(each.numel() for each in module.model.parameters()) < sum(each.numel() for each in before.values())
+    assert not any(each.requires_grad for each in module.model.parameters())
+    assert isinstance(module.model, ModuleFormer)
+    restore_experts(module.model, removed)
+    assert same_bits(weights(module), before) and module.model.config == config
+    with pytest.raises(InputError, match="least possible"):
+        module.prune(random_scores(config, 1), PruningConfig(criterion="random", keep=0.01))
