@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from mfext.report.curves import training_curves, within_curves
 from mfext.report.experts import expert_sections, gate_sections
 from mfext.report.extras import Extras, newcomers_of
+from mfext.report.gate_budgets import budget_line, budget_table
 from mfext.report.provenance import cost_table, definitions, lineage_table, measured_on, named_metrics, places
 from mfext.report.quantities import (
     NONE,
@@ -41,6 +42,7 @@ from mfext.report.reading import (
 from mfext.report.reading import number as number_at
 from mfext.report.report import Bar, Bars, Card, Cards, HeatMap, KeyValues, Report, Section, Table, Tone
 from mfext.report.since import changes_since_learned, row_zero, starts_from_random, stream_table
+from mfext.report.switching import switch_sections
 from mfext.report.verdict import in_bits, includes_zero, run_verdict
 
 # A mean forgetting above this many bits per byte is shown as bad.
@@ -268,7 +270,8 @@ def evaluation_report(data: Json) -> Report:
     """The report of eval: losses, expert usage and gates of one model.
 
     `data["domains"]` as in cli.md, each with `gates` where there are any; `data["usage"]`: domain -> Usage.to_json();
-    `data["generations"]`, where present, names the generations (a model config's, as plain JSON).
+    `data["generations"]`, where present, names the generations (a model config's, as plain JSON); `data["gates"]` holds
+    their budgets, `data["switch"]` and `data["short"]` what --switch measured.
     """
     entries = {name: entry for name, entry in mapping(data, "domains").items() if isinstance(entry, Mapping)}
     rows = tuple(
@@ -286,13 +289,16 @@ def evaluation_report(data: Json) -> Report:
     details = {name: {"usage": usage.get(name), "gates": objects(entry, "gates")} for name, entry in entries.items()}
     newcomers = newcomers_of(objects(data, "generations"))
     columns = ("domain", "bits per byte", "perplexity", "tokens", "text", "documents")
-    sections: tuple[Section, ...] = (
+    sections: tuple[Section | None, ...] = (
         Table("Losses", columns=columns, rows=rows, text_columns=("domain",)),
         *expert_sections(details, newcomers),
         *(dataclasses.replace(each, in_terminal=True) for each in gate_sections(details, newcomers)),
+        budget_table(data),
+        *switch_sections(data),
     )
     model = text(data, "model")
     best = f"measured {model} on {plural(len(rows), 'domain')}: " + ", ".join(f"{row[0]} {row[1]}" for row in rows[:4])
     verdict = f"{best}{', ...' if len(rows) > 4 else ''} bits per byte" if rows else f"{model}: nothing was measured"
-    kept = tuple(each for each in sections if _has_content(each))
-    return Report("eval", data, f"mfext eval · {printable(model)}", (verdict,), kept)
+    kept = tuple(each for each in sections if each is not None and _has_content(each))
+    lines = tuple(filter(None, (verdict, budget_line(data))))
+    return Report("eval", data, f"mfext eval · {printable(model)}", lines, kept)
