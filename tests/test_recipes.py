@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def verb_of(name: str) -> str:
-    if name.startswith("stream"):
+    if name.startswith(("stream", "orders")):
         return "continual"
     return "pretrain" if name.startswith(("pretrain", "efficiency")) else "grow"
 
