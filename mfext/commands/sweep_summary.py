@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mfext.commands.prune_summary import pruning_of
 from mfext.metrics.seeds import SeedInterval, mean_over_seeds, ratio_over_seeds
 from mfext.report.reading import Json, domains, listed, mapping, matrix, objects, text
 from mfext.report.reading import number as number_at
@@ -45,8 +46,15 @@ def with_groups(data: Json) -> dict[str, object]:
     settings = settings_of(data)
     named = {setting.name: setting for setting in settings if setting.runs}
     references = {name: named[name] for name in REFERENCES if name in named}
-    groups = [_group(setting, references) for setting in settings]
+    groups = [{**_group(setting, references), **_pruning(setting, settings)} for setting in settings]
     return {**data, "groups": groups, "references": list(references)}
+
+
+def _pruning(setting: Setting, settings: Sequence[Setting]) -> dict[str, object]:
+    """What its runs pruned, beside those that differ from them in the method alone: full fine-tuning."""
+    beside = {**setting.overrides, "method": "full"}
+    full = next((other.runs for other in settings if dict(other.overrides) == beside), {})
+    return {"pruning": pruning} if (pruning := pruning_of(setting.runs, full)) else {}
 
 
 def settings_of(data: Json) -> tuple[Setting, ...]:

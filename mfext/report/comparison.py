@@ -18,6 +18,7 @@ from mfext.report.groups import (
     references_of,
     signed_percent,
 )
+from mfext.report.pruned_sweep import pruning_sections
 from mfext.report.quantities import (
     NONE,
     count,
@@ -47,6 +48,7 @@ def sweep_report(data: Json) -> Report:
     measured = tuple(group for group in groups if group.num_done)
     sections: tuple[Section, ...] = (
         _cards(data, measured),
+        *pruning_sections(data),
         trade_off(measured),
         _side_by_side(data, measured),
         _learning(data, measured),
