@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def verb_of(name: str) -> str:
     if name.startswith(("stream", "orders")):
         return "continual"
+    if name.startswith(("prune", "specialise")):
+        return "prune"
     return "pretrain" if name.startswith(("pretrain", "efficiency")) else "grow"
 
 
@@ -36,7 +38,7 @@ def load_anywhere(name: str, *overrides: str) -> Recipe:
     """Load a recipe whose corpora may be absent here, by naming an embedded domain in their place."""
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
     embedded = {"domain": "code", "bystanders": [], "default_base.domains": ["prose"]} if "../" in text else {}
-    if verb_of(name) != "grow":  # Its domain, or the first of its stream, is the base's.
+    if verb_of(name) not in ("grow", "prune"):  # Its domain, or the first of its stream, is the base's.
         embedded.pop("default_base.domains", None)
     if embedded and verb_of(name) == "continual":
         embedded["domains"] = ["prose", "code"]
