@@ -38,7 +38,7 @@ def _of_gate(index: int, name: str, lineage: Sequence[Json], measured: Mapping[s
             "role": role,
             "share_open": opened,
             "share_not_full": number(gate, "share_not_full"),
-            "within_budget": None if role == "own" or None in (budget, opened) else opened <= budget,
+            "within_budget": None if role == "own" or budget is None or opened is None else opened <= budget,
         }
     calibrated = mapping(entry, "gate")
     return {
