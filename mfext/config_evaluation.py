@@ -11,14 +11,13 @@ from mfext.config_checks import require, require_at_least, require_choices
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How losses are measured. `max_bytes` caps each domain's split (whole documents, first in
-    the split's fixed order); None takes all. `test` is for final numbers only,
-    `train` for what is chosen by measuring.
+    the split's fixed order); None takes all. `test` is for final numbers only.
 
     `within_every_steps` also measures every so many optimizer steps inside a stage, on the first
     `within_max_bytes` of each validation split: the stability gap. None measures stages only.
     """
 
-    split: Literal["train", "validation", "test"] = "validation"
+    split: Literal["validation", "test"] = "validation"
     max_bytes: int | None = None
     window: int = 256
     batch_size: int = 32

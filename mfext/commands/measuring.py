@@ -47,9 +47,12 @@ WITHIN = "within"
 """Name in the ledger of the start of each validation split, measured inside stages."""
 
 
-def prepare_columns(domains: Iterable[Domain], tokenizer: Tokenizer, settings: EvaluationConfig) -> tuple[Column, ...]:
-    """The columns of the matrix. Raises InputError where a domain has nothing in the split asked for."""
-    return tuple(_column(each, tokenizer, settings.split, settings.split, settings.max_bytes) for each in domains)
+def prepare_columns(
+    domains: Iterable[Domain], tokenizer: Tokenizer, settings: EvaluationConfig, split: str | None = None
+) -> tuple[Column, ...]:
+    """The columns of the matrix; `split` in place of the settings' own. InputError where a domain has nothing there."""
+    name = split or settings.split
+    return tuple(_column(each, tokenizer, name, name, settings.max_bytes) for each in domains)
 
 
 def prepare_within(domains: Iterable[Domain], tokenizer: Tokenizer, settings: EvaluationConfig) -> tuple[Column, ...]:

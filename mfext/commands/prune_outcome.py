@@ -57,7 +57,10 @@ def prune_data(opened: Run, recipe: Recipe) -> dict[str, object]:
         "params_after": count_parameters(after).total,
         "before": sizes.get("before"),
         "after": sizes.get("after"),
-        **{key: facts[key] for key in ("masked_difference", "equals_masked", "restores_exactly")},
+        **{
+            key: facts[key]
+            for key in ("masked_difference", "masked_difference_fp32", "equals_masked", "restores_exactly")
+        },
     }
 
 

@@ -37,8 +37,11 @@ def usage_of(
     settings: EvaluationConfig,
     console: Console,
     tokenizer: str | None = None,
+    split: str | None = None,
 ) -> dict[str, Usage]:
     """Usage with contributions per domain, on the split and as many bytes as `settings` say, where the model lies.
+
+    `split` "train" measures what something is to be chosen by, which no number of a report may rest on.
 
     What was measured before is read back and the model not run: it must be the one that `opened.sha256` names.
     `tokenizer` None takes the folder's. Raises InputError for a dense model, a domain without text in that split, or a
@@ -48,7 +51,7 @@ def usage_of(
         raise InputError("a dense model has no experts", opened.folder, "measure the usage of a ModuleFormer")
     reader = tokenizer_of(opened, tokenizer)
     found: dict[str, Usage] = {}
-    for column in prepare_columns(domains, reader, settings):
+    for column in prepare_columns(domains, reader, settings, split):
         key = _key(opened, column, settings, reader.fingerprint)
         path = cache_folder() / "usage" / f"{hashlib.sha256(dump_json(key)).hexdigest()[:32]}.json"
         kept = _read(path, key)

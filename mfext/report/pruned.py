@@ -53,7 +53,9 @@ def _verdict(data: Json) -> tuple[str, ...]:
         whole, pruned = (number_at(each, target) for each in losses)
         if whole and pruned:
             rise = f"{signed(100 * (pruned / whole - 1), 1)} %"
-            lines.append(f"{target}: {number(bits(whole))} bits per byte became {number(bits(pruned))} ({rise}).")
+            lines.append(
+                f"Loss on {target}: from {number(bits(whole))} to {number(bits(pruned))} bits per byte ({rise})."
+            )
     return tuple(lines)
 
 
@@ -147,7 +149,7 @@ def _curves(data: Json) -> tuple[Section, ...]:
     own = Curves(
         f"What is kept, and the loss on {target}",
         series=tuple(each for each in series if each.points),
-        x_label="share of experts kept",
+        x_label="% of experts kept",
         y_label="bits per byte",
         digits=3,
         in_terminal=False,
@@ -160,7 +162,7 @@ def _curves(data: Json) -> tuple[Section, ...]:
             series=tuple(
                 Series(each, tuple(_line(data, [_whole(data), *_points(data, each)], name))) for each in _criteria(data)
             ),
-            x_label="share of experts kept",
+            x_label="% of experts kept",
             y_label="bits per byte",
         )
         for name in every
@@ -176,7 +178,7 @@ def _whole(data: Json) -> Json:
 
 def _line(data: Json, points: Sequence[Json], domain: str) -> list[tuple[float, float]]:
     pairs = [(number_at(point, "keep"), bits(number_at(point, "nll_per_byte", domain))) for point in points]
-    return sorted((keep, loss) for keep, loss in pairs if keep is not None and loss is not None)
+    return sorted((100 * keep, loss) for keep, loss in pairs if keep is not None and loss is not None)
 
 
 def _table(data: Json) -> Table:

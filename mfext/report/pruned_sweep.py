@@ -77,7 +77,7 @@ def _charts(groups: list[Json]) -> CurvesGrid:
             Curves(
                 text(group, "name"),
                 series=tuple(each for each in series if each.points),
-                x_label="share of experts kept",
+                x_label="% of experts kept",
                 y_label="rise on the target, %",
             )
         )
@@ -87,5 +87,5 @@ def _charts(groups: list[Json]) -> CurvesGrid:
 def _line(points: tuple[Json, ...], criterion: str) -> list[tuple[float, float]]:
     own = [point for point in points if text(point, "criterion") == criterion]
     pairs = [(number_at(point, "keep"), number_at(point, "rise", "estimate")) for point in own]
-    known = [(keep, 100 * rise) for keep, rise in pairs if keep is not None and rise is not None]
-    return [(1.0, 0.0), *known] if known else []
+    known = [(100 * keep, 100 * rise) for keep, rise in pairs if keep is not None and rise is not None]
+    return [(100.0, 0.0), *known] if known else []

@@ -167,7 +167,7 @@ def test_a_sweep_run_again_runs_nothing_and_a_rebuilt_report_says_the_same(
 def test_a_sweep_killed_and_stopped_and_run_again_has_the_table_of_one_that_never_was(
     world: World, swept: Path
 ) -> None:
-    out = world.runs / "killed"
+    out = world.runs / "killed-sweep"
     line = words(world, out, "method=full,grow", "seed=11", "--jobs", "2")
     process = begin(line)
     # From the first committed step on, or, where that was too short to be seen, from the first committed stage.
