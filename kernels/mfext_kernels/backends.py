@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -40,8 +40,7 @@ def interpreting() -> bool:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Inside, kernels are launched on the tensor's GPU; does nothing for a CPU tensor."""
-    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
-    return context
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _check_triton(tensor: Tensor, fits: bool) -> None:

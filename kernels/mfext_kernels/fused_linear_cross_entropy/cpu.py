@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mfext_kernels.autograd import applied
+
 ELEMENTS = 1 << 20  # of one chunk's logits: 4 MiB in fp32
 FEWEST_TOKENS = 64  # a chunk reads the whole weight
 
@@ -39,8 +41,7 @@ def in_chunks(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunking: Chun
     """The op with the chunks, and the step within one, that `chunking` says."""
     if not torch.is_grad_enabled():
         x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
-    loss: Tensor = _FusedLinearCrossEntropy.apply(x_ND, weight_VD, targets_N, chunking)  # type: ignore[no-untyped-call]
-    return loss
+    return applied(_FusedLinearCrossEntropy, x_ND, weight_VD, targets_N, chunking)
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):

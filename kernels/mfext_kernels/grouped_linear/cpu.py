@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mfext_kernels.autograd import applied
 from mfext_kernels.routing import Dispatch
 
 
 def gather_linear(x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
     """rows[r] = x[token of r] @ W[expert of r]."""
-    rows_RF: Tensor = _GatherLinear.apply(x_ND, dispatch, *weights)  # type: ignore[no-untyped-call]
-    return rows_RF
+    return applied(_GatherLinear, x_ND, dispatch, *weights)
 
 
 def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
     """y[n] = sum_k gate[n, k] * rows[(n, k)] @ W[expert of (n, k)]."""
-    y_ND: Tensor = _ScatterLinear.apply(rows_RF, gates_NK, dispatch, *weights)  # type: ignore[no-untyped-call]
-    return y_ND
+    return applied(_ScatterLinear, rows_RF, gates_NK, dispatch, *weights)
 
 
 def expert_feedforward(
@@ -36,8 +35,7 @@ def expert_feedforward(
     """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
     if not _needs_gradient(x_ND, gates_NK, *up, *down):
         return _feed_forward((x_ND, gates_NK), up, down, dispatch, None)
-    y_ND: Tensor = _ExpertFeedforward.apply(x_ND, gates_NK, dispatch, len(up), *up, *down)  # type: ignore[no-untyped-call]
-    return y_ND
+    return applied(_ExpertFeedforward, x_ND, gates_NK, dispatch, len(up), *up, *down)
 
 
 def order_rows(rows_RF: Tensor, dispatch: Dispatch) -> Tensor:
@@ -46,7 +44,7 @@ def order_rows(rows_RF: Tensor, dispatch: Dispatch) -> Tensor:
         return rows_RF.index_select(0, dispatch.inverse_R).view(
             dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:]
         )
-    rows: Tensor = _Permute.apply(rows_RF, dispatch.inverse_R, dispatch.order_R)  # type: ignore[no-untyped-call]
+    rows = applied(_Permute, rows_RF, dispatch.inverse_R, dispatch.order_R)
     return rows.view(dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:])
 
 
@@ -54,8 +52,7 @@ def sort_rows(rows_NKF: Tensor, dispatch: Dispatch) -> Tensor:
     """(N, K, F) -> sorted rows."""
     if not _needs_gradient(rows_NKF):
         return rows_NKF.flatten(0, 1).index_select(0, dispatch.order_R)
-    rows: Tensor = _Permute.apply(rows_NKF.flatten(0, 1), dispatch.order_R, dispatch.inverse_R)  # type: ignore[no-untyped-call]
-    return rows
+    return applied(_Permute, rows_NKF.flatten(0, 1), dispatch.order_R, dispatch.inverse_R)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

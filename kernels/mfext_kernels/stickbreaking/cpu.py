@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfext_kernels.autograd import applied
+
 QUERIES = 64  # per block
 TILE = 256  # keys a block takes at a time before it asks whether any stick is left
 ELEMENTS = 1 << 18  # of one score block: 1 MiB in fp32, what a core's second-level cache holds
@@ -28,8 +30,7 @@ ELEMENTS = 1 << 18  # of one score block: 1 MiB in fp32, what a core's second-le
 
 def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
     """o_i = sum_j a_ij v_j, memory O(block * S)."""
-    o_BTKHC: Tensor = _Stickbreaking.apply(q_BTKHC, k_BSHC, v_BSHC, starts_BT)  # type: ignore[no-untyped-call]
-    return o_BTKHC
+    return applied(_Stickbreaking, q_BTKHC, k_BSHC, v_BSHC, starts_BT)
 
 
 def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None) -> Tensor:

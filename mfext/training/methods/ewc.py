@@ -18,6 +18,7 @@ from mfext.errors import InputError
 from mfext.model.language_model import LanguageModel, ModelOutput
 from mfext.model.losses import IGNORED, language_loss
 from mfext.training.batch import Batch, read_batch
+from mfext_kernels.autograd import applied
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class Ewc:
                 [self.anchor[name].to(device) for name in names],
                 [self.importance[name].to(device) for name in names],
             )
-        value: Tensor = _Pull.apply(self.strength, *self._placed[device], *parameters)  # type: ignore[no-untyped-call]
+        value = applied(_Pull, self.strength, *self._placed[device], *parameters)
         return value
 
     def describe(self) -> str:
