@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from mfext.commands.course import follow, free_folder, open_base
+from mfext.commands.course import follow, open_base, run_folder
 from mfext.commands.planned import planned
 from mfext.commands.pretrain import open_run
 from mfext.commands.scene import lesson_names, set_scene
@@ -21,7 +20,6 @@ from mfext.errors import InputError
 from mfext.report.report import Report
 from mfext.report.terminal import Console
 from mfext.requests import DEFAULT_INVOCATION, Invocation
-from mfext.store import is_run_folder
 
 
 def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
@@ -37,10 +35,7 @@ def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     if len(recipe.domains) <= start:
         rule = "at least one with --base" if start == 0 else "at least two: the first pretrains the base"
         raise InputError(f"{len(recipe.domains)} domains", "domains", f"give {rule}")
-    resume = invocation.resume is not None
-    out = Path(invocation.resume) if invocation.resume is not None else _out_folder(recipe)
-    if not resume and is_run_folder(out):
-        raise InputError("this run exists", out, f"continue it with --resume {out}, or choose another --out")
+    resume, out = invocation.resume is not None, run_folder(recipe, invocation, f"continual-{recipe.method}")
     if start:
         recipe = replace(recipe, default_base=replace(recipe.default_base, domains=recipe.domains[:1]))
     stream = _in_order(recipe.domains[start:], load_domains(recipe.domains, console), recipe.domains)
@@ -63,8 +58,3 @@ def _in_order(references: Sequence[str], loaded: Sequence[Domain], every: Sequen
 def _planned(recipe: Recipe, config: ModelConfig, stream: Sequence[Domain]) -> Report:
     taken = [generation.name for generation in config.generations]
     return planned("continual", recipe, config, lesson_names([domain.name for domain in stream], taken))
-
-
-def _out_folder(recipe: Recipe) -> Path:
-    """The folder named, or the first free runs/continual-METHOD[-2, -3, ...]."""
-    return Path(recipe.out).expanduser() if recipe.out is not None else free_folder(f"continual-{recipe.method}")

@@ -22,10 +22,12 @@ from mfext.commands.scene import Scene
 from mfext.commands.setting import record_of, records_of, tokenizer_reference
 from mfext.config import Recipe
 from mfext.conversion import to_mapping
+from mfext.errors import InputError
 from mfext.model.build import new_model
 from mfext.recipe import config_hash
 from mfext.report.report import Report
 from mfext.report.terminal import Console
+from mfext.requests import Invocation
 from mfext.store import Run, Stage, is_run_folder
 
 RANDOM_NAME, BASE_NAME = "random", "base"
@@ -36,6 +38,22 @@ def free_folder(stem: str) -> Path:
     stem = stem[:56]
     names = [stem, *(f"{stem}-{number}" for number in range(2, 10_000))]
     return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+
+
+def domain_stem(recipe: Recipe) -> str:
+    """The recipe's domain as a part of a folder's name."""
+    return Path(recipe.domain).name.replace(":", "-")
+
+
+def run_folder(recipe: Recipe, invocation: Invocation, stem: str) -> Path:
+    """The run to continue, else the folder the recipe names, or the first free runs/STEM. InputError where that is a
+    run already."""
+    if invocation.resume is not None:
+        return Path(invocation.resume)
+    out = free_folder(stem) if recipe.out is None else Path(recipe.out).expanduser()
+    if is_run_folder(out):
+        raise InputError("this run exists", out, f"continue it with --resume {out}, or choose another --out")
+    return out
 
 
 def open_base(recipe: Recipe, resumed: Path | None, stage: int, console: Console) -> OpenedModel:

@@ -12,7 +12,7 @@ from mfext.commands.growing import Texts, review_model, teach_gate
 from mfext.commands.measuring import Column, Moment, measure_within
 from mfext.commands.models import model_tensors, open_model
 from mfext.commands.preparing import Prepared, Work, find_stage, prepare, text_of
-from mfext.commands.setting import record_of, records_of, tokenizer_reference
+from mfext.commands.setting import lineage_with, record_of, records_of, tokenizer_reference
 from mfext.commands.staging import StageWork, peak_memory_bytes, train_stage
 from mfext.conversion import to_mapping
 from mfext.growth.growable import growable
@@ -108,10 +108,7 @@ def _metadata(work: Work, facts: Mapping[str, object], tensors: Mapping[str, Ten
     before, lesson = work.origin.manifest.metadata, work.lesson
     known = records_of(before) or tuple(record_of(each) for each in work.scene.known)
     records = {each.name: each for each in (*known, *map(record_of, lesson.new))}
-    earlier = before.get("lineage", [])
-    lineage = [*(earlier if isinstance(earlier, list) else [])]
     entry = {
-        "stage": len(lineage),
         "name": lesson.name,
         "domains": [domain.name for domain in lesson.new],
         "sha256": model_hash(tensors),
@@ -119,7 +116,7 @@ def _metadata(work: Work, facts: Mapping[str, object], tensors: Mapping[str, Ten
     }
     return {
         "domains": [each.to_json() for each in records.values()],
-        "lineage": [*lineage, entry],
+        "lineage": lineage_with(before, entry),
         "tokenizer": tokenizer_reference(work.recipe.tokenizer),
         "seed": work.recipe.seed,
         "mfext_version": __version__,

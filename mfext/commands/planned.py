@@ -59,7 +59,7 @@ def _plan(recipe: Recipe, config: ModelConfig, name: str) -> Plan | None:
 
 
 def _trainable(recipe: Recipe, before: ModelConfig, after: ModelConfig) -> int:
-    """Parameters one stage trains; a domain gate is trained before it and counts as frozen."""
+    """Parameters one stage trains; a domain gate is taught apart and counts as frozen."""
     total = count_parameters(after).total
     if recipe.method == "frozen":
         return 0

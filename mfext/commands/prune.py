@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from mfext.commands.course import commit_base, free_folder, measure_committed, open_base
+from mfext.commands.course import commit_base, domain_stem, measure_committed, open_base, run_folder
 from mfext.commands.footprint import footprint
 from mfext.commands.learning import learn
 from mfext.commands.measuring import Column, prepare_columns, prepare_within
@@ -21,20 +20,18 @@ from mfext.commands.preparing import Work, find_stage
 from mfext.commands.pretrain import open_run
 from mfext.commands.proofs import prove_frozen
 from mfext.commands.prune_outcome import FOOTPRINT, prune_report
-from mfext.commands.pruning import HEALED, PRUNED, Cutting, choose_cuts, commit_pruned, draw_curve
+from mfext.commands.pruning import HEALED, PRUNED, Cutting, choose_cuts, commit_pruned, draw_curve, plan_by_lot
 from mfext.commands.scene import Lesson, Scene, set_scene
 from mfext.commands.setting import load_domains, prepare_machine
 from mfext.config import ModelConfig, Recipe
 from mfext.domains.domain import Domain
-from mfext.errors import InputError
-from mfext.growth.plan import Plan, count_parameters
-from mfext.growth.pruning import plan_pruning, random_scores
+from mfext.growth.plan import count_parameters
 from mfext.recipe import config_hash
 from mfext.report.planning import plan_report
 from mfext.report.report import Report
 from mfext.report.terminal import Console
 from mfext.requests import DEFAULT_INVOCATION, Invocation
-from mfext.store import Run, Stage, is_run_folder
+from mfext.store import Run, Stage
 
 BYTES = 4
 
@@ -47,15 +44,12 @@ def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     """
     console = Console.of(invocation)
     prepare_machine(invocation, recipe)
-    resume = invocation.resume is not None
-    out = Path(invocation.resume) if invocation.resume is not None else _out_folder(recipe)
-    if not resume and is_run_folder(out):
-        raise InputError("this run exists", out, f"continue it with --resume {out}, or choose another --out")
+    resume, out = invocation.resume is not None, run_folder(recipe, invocation, f"prune-{domain_stem(recipe)}")
     (target,) = load_domains([recipe.domain], console)
     if invocation.dry_run and recipe.base is None:
         return planned(recipe, recipe.default_base.model)
     base = open_base(recipe, out if resume else None, 0, console)
-    _plan_by_lot(recipe, base.model.config)
+    plan_by_lot(base.model.config, recipe.pruning, recipe.seed)
     if invocation.dry_run:
         return planned(recipe, base.model.config)
     scene = set_scene(recipe, base, (target,), 0, console)
@@ -101,7 +95,7 @@ def _heal(work: Work, pruned: Stage, target: Domain, columns: tuple[Sequence[Col
 
 def planned(recipe: Recipe, config: ModelConfig) -> Report:
     """The dry run: how many experts and parameters would leave, and what the run would train."""
-    plan = _plan_by_lot(recipe, config)
+    plan = plan_by_lot(config, recipe.pruning, recipe.seed)
     before, after = count_parameters(config), count_parameters(plan.after)
     tuned = recipe.training.steps if recipe.method != "frozen" else 0
     step = recipe.training.batch_size * recipe.training.sequence_length
@@ -125,22 +119,7 @@ def planned(recipe: Recipe, config: ModelConfig) -> Report:
     return plan_report("prune", data)
 
 
-def _plan_by_lot(recipe: Recipe, config: ModelConfig) -> Plan:
-    """The plan where lots decide who leaves: as many as any criterion would remove. Raises what the real one would."""
-    settings = replace(recipe.pruning, criterion="random")
-    if settings.max_loss_increase is not None:
-        settings = replace(settings, unit="share", target=None, keep=1.0)
-    return plan_pruning(config, random_scores(config, recipe.seed), settings)
-
-
 def _stage(opened: Run, index: int) -> Stage:
     found = find_stage(opened, index)
     assert found is not None, "it was committed just now"
     return found
-
-
-def _out_folder(recipe: Recipe) -> Path:
-    """The folder named, or the first free runs/prune-DOMAIN[-2, -3, ...]."""
-    if recipe.out is not None:
-        return Path(recipe.out).expanduser()
-    return free_folder(f"prune-{Path(recipe.domain).name.replace(':', '-')}")

@@ -17,13 +17,14 @@ from mfext.commands.growing import new_windows
 from mfext.commands.measuring import Column, Moment, measure
 from mfext.commands.models import OpenedModel, model_tensors
 from mfext.commands.preparing import Work, text_of
+from mfext.commands.setting import lineage_with
 from mfext.commands.usage import usage_of
-from mfext.config import Recipe
+from mfext.config import ModelConfig, Recipe
 from mfext.config_pruning import PruningConfig, PruningCriterion
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
 from mfext.errors import InputError
-from mfext.growth.banks import BankKey, bank_keys, num_experts
+from mfext.growth.banks import bank_keys, num_experts, softmax_banks
 from mfext.growth.growable import growable
 from mfext.growth.masking import MOST_DIFFERENCE, ablation_scores, prove_pruning
 from mfext.growth.plan import Plan, count_parameters
@@ -87,15 +88,14 @@ def scores_of(cutting: Cutting, criterion: PruningCriterion, full: OpenedModel) 
     recipe, target = cutting.recipe, cutting.target
     sample = replace(recipe.evaluation, max_bytes=settings.sample_bytes)
     usage = usage_of(full, (target,), sample, cutting.console, recipe.tokenizer, "train")[target.name]
-    own = [key for key in bank_keys(model.config) if not (key[2] and _joins(model, key))]
-    return {**{key: [0.0] * num_experts(model.config, key) for key in own}, **usage_scores(usage, criterion)}
+    config = model.config
+    unreached = {
+        key: [0.0] * num_experts(config, key) for key in bank_keys(config) if softmax_banks(config, key)[0] == key
+    }
+    return {**unreached, **usage_scores(usage, criterion)}
 
 
-def _joins(model: ModuleFormer, key: BankKey) -> bool:
-    return model.config.generations[key[2] - 1].joins_softmax
-
-
-def draw_curve(cutting: Cutting, full: OpenedModel) -> list[dict[str, object]]:
+def draw_curve(cutting: Cutting, full: OpenedModel) -> None:
     """Every criterion at every share kept: smaller models, measured on every column. What curve.json holds stays."""
     settings, points = cutting.recipe.pruning, read_curve(cutting.opened)
     done = {(point["criterion"], point["keep"]) for point in points}
@@ -105,7 +105,6 @@ def draw_curve(cutting: Cutting, full: OpenedModel) -> list[dict[str, object]]:
         for keep in wanted:
             points = [*points, _point(cutting, full, replace(settings, criterion=criterion, keep=keep), scores)]
             cutting.opened.write_report_file(CURVE, json.dumps({"points": points}))
-    return points
 
 
 def read_curve(opened: Run) -> list[dict[str, object]]:
@@ -118,11 +117,12 @@ def read_curve(opened: Run) -> list[dict[str, object]]:
 def _point(cutting: Cutting, full: OpenedModel, settings: PruningConfig, scores: Scores) -> dict[str, object]:
     point: dict[str, object] = {"criterion": settings.criterion, "keep": settings.keep}
     model = growable(full.model)
-    shared = replace(settings, unit="share", target=None)
+    shared = replace(settings, unit="share", target=None, max_loss_increase=None)
     try:
-        plan = plan_pruning(model.config, scores, shared)
-    except InputError as error:  # below what tokens choose: said in the report, no reason to stop
+        plan_by_lot(model.config, shared, cutting.recipe.seed)
+    except InputError as error:  # too few for what tokens choose, whoever is kept: said in the report
         return {**point, "reason": str(error), "rows": []}
+    plan = plan_pruning(model.config, scores, shared)
     smaller = copy.deepcopy(model)
     apply_pruning(smaller, plan)
     begun = time.process_time()
@@ -136,6 +136,14 @@ def _point(cutting: Cutting, full: OpenedModel, settings: PruningConfig, scores:
         "cuts": cuts_json(plan),
         "rows": [row.to_json() for row in rows],
     }
+
+
+def plan_by_lot(config: ModelConfig, settings: PruningConfig, seed: int) -> Plan:
+    """The plan where lots decide who leaves: as many as any criterion would remove. Raises what the real one would."""
+    settings = replace(settings, criterion="random")
+    if settings.max_loss_increase is not None:
+        settings = replace(settings, unit="share", target=None, keep=1.0)
+    return plan_pruning(config, random_scores(config, seed), settings)
 
 
 def measure_columns(cutting: Cutting, model: ModuleFormer, columns: Sequence[Column]) -> list[LedgerRow]:
@@ -222,12 +230,10 @@ def commit_pruned(cutting: Cutting, full: OpenedModel, plan: Plan, index: int) -
 
 def _metadata(cutting: Cutting, facts: Mapping[str, object], sha256: str) -> dict[str, object]:
     before = cutting.origin.manifest.metadata
-    earlier = before.get("lineage", [])
-    lineage = [*(earlier if isinstance(earlier, list) else [])]
-    entry = {"stage": len(lineage), "name": PRUNED, "domains": [], "sha256": sha256, **facts}
+    entry = {"name": PRUNED, "domains": [], "sha256": sha256, **facts}
     return {
         **{key: before[key] for key in ("domains", "tokenizer") if key in before},
-        "lineage": [*lineage, entry],
+        "lineage": lineage_with(before, entry),
         "seed": cutting.recipe.seed,
         "mfext_version": __version__,
         "facts": dict(facts),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfext.config import GrowthConfig, ModelConfig
-from mfext.growth.apply import apply_plan, set_trainable
+from mfext.growth.apply import apply_plan, hold_gate_open, set_trainable
 from mfext.growth.plan import count_parameters, plan_growth
 from mfext.metrics.speed import Run, peak_kb
 from mfext.model.build import new_model
@@ -123,11 +123,7 @@ def growth_steps(config: ModelConfig, growth: GrowthConfig, ids_BT: Tensor, targ
     for method in (Grow(), Full()):
         model = ModuleFormer(config)
         apply_plan(model, plan_growth(config, growth, "new"))
-        gate = model.generation(1).gate
-        assert gate is not None, "mode gated"
-        with torch.no_grad():
-            for name, parameter in gate.named_parameters():
-                parameter.fill_(50.0 if name.endswith("bias") else 0.0)
+        hold_gate_open(model)
         set_trainable(model, method.trainable(model))
         steps.append(train_step(model, ids_BT, targets_BT))
     return steps[0], steps[1]

@@ -35,6 +35,13 @@ class DomainRecord:
         return {"name": self.name, "reference": self.reference}
 
 
+def lineage_with(metadata: Mapping[str, object], entry: Mapping[str, object]) -> list[object]:
+    """The lineage a stage's metadata hold, and one more stage with its number."""
+    earlier = metadata.get("lineage")
+    lineage = list(earlier) if isinstance(earlier, list) else []
+    return [*lineage, {"stage": len(lineage), **entry}]
+
+
 def records_of(metadata: Mapping[str, object]) -> tuple[DomainRecord, ...]:
     """The domains a model folder's metadata lists, in the order they were learned."""
     listed = metadata.get("domains", [])

@@ -150,7 +150,7 @@ def _fit(model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining
     for _ in range(settings.steps):
         loss = gate_loss(model, new, old, settings, generator)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     for parameter in parameters:

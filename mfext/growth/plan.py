@@ -177,11 +177,10 @@ def plan_expansion(config: ModelConfig, blocks: int) -> Plan:
     after_old = [(group + 1) * config.num_layers // blocks - 1 for group in range(blocks)]
     layers = tuple(old + 1 + number for number, old in enumerate(after_old))
     sources = sorted([*range(config.num_layers), *after_old])
-    counts = {
-        f"{kind}_experts": tuple(config.experts(kind, layer) for layer in sources)
-        for kind in ("attention", "feedforward")
-    }
-    after = replace(config, num_layers=len(sources), **counts)  # type: ignore[arg-type]
+    attention, feedforward = (
+        tuple(config.experts(kind, layer) for layer in sources) for kind in ("attention", "feedforward")
+    )
+    after = replace(config, num_layers=len(sources), attention_experts=attention, feedforward_experts=feedforward)
     return Plan(config, (FreezeExperts(("base",)), AddBlocks(layers)), after)
 
 
@@ -251,7 +250,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 def gate_parameters(config: ModelConfig) -> int:
-    """Parameters of the newest generation's domain gate: trained before its experts, frozen while they learn."""
+    """Parameters of the newest generation's domain gate: taught apart from its experts, frozen while they learn."""
     gate = config.generations[-1].gate if config.generations else None
     if gate is None:
         return 0

@@ -103,7 +103,7 @@ def _fit(model: ModuleFormer, new: Windows, old: Windows, growth: GrowthConfig, 
         if gated:
             loss = loss + gate_loss(model, new, old, growth.gate, generator)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
