@@ -220,9 +220,9 @@ class GateTraining:
     reservoir_bytes: int = 262_144
     reservoir_share: float = 0.01
     negatives_share: float = 0.25
-    switching_share: float = 0.3
-    noise: float = 0.2
-    steps: int = 1200
+    switching_share: float = 0.25
+    noise: float = 0.15
+    steps: int = 1600
     batch_size: int = 32
     learning_rate: float = 3e-3
     max_false_open: float = 0.01
