@@ -1,9 +1,9 @@
 """Weights on disk in fewer bits: int8 with a scale per output channel, or bfloat16. Reading widens them to float32.
 
-A folder's config.json says so under `weights`; without that key tensors are what they are. A product sums over dimension
-1, both of a matrix (out, in) and of a stack of experts (E, in, out): a channel is what it sums, so that every expert has
-scales of its own. They lie beside their tensor, in float32, as NAME.scale, of size 1 along dimension 1; zero is exactly
-zero. Each tensor is narrowed on its own: taking a generation off before or after gives the same bits.
+A folder's config.json says so under `weights`; without that key tensors are what they are. A product sums over
+dimension 1, both of a matrix (out, in) and of a stack of experts (E, in, out): a channel is what it sums, so that every
+expert has scales of its own. They lie beside their tensor, in float32, as NAME.scale, of size 1 along dimension 1; zero
+is exactly zero. Each tensor is narrowed on its own: taking a generation off before or after gives the same bits.
 """
 
 from __future__ import annotations

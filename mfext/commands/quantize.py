@@ -1,11 +1,11 @@
-"""`mfext quantize`: the same model in a smaller folder, its matrices as int8 or bfloat16, and what that costs, measured.
+"""`mfext quantize`: the same model in a smaller folder, matrices as int8 or bfloat16, and what that costs, measured.
 
 model -> matrices narrowed -> widened again, as every opening will -> measured before and after -> committed
 
-Storage only: whoever opens the folder gets float32, the same bits each time, and may evaluate, prune or grow it like any
-model. It is another model than the one it came from, by as much as was rounded. Frozen parts keep their bits from here
-on: growing on it proves that its widened weights, not those before it, stay as they are, and detaching gives them back.
-Domain gates stay float32: they open exactly where they did.
+Storage only: whoever opens the folder gets float32, the same bits each time, and may evaluate, prune or grow it like
+any model. It is another model than the one it came from, by as much as was rounded. What `frozen` promises counts from
+here on: growing on it proves that its widened weights stay as they are, and detaching gives those back, not the ones
+before them. Domain gates stay float32: on the same text they open exactly where they did.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _carried(opened: OpenedModel) -> dict[str, object]:
 
 
 def _metadata(request: QuantizeRequest, opened: OpenedModel, sha256: str) -> dict[str, object]:
-    facts = {"method": "quantize", "weights": request.to, "from_sha256": opened.sha256}
+    facts: dict[str, object] = {"method": "quantize", "weights": request.to, "from_sha256": opened.sha256}
     entry = {"name": request.to, "domains": [], "sha256": sha256, **facts}
     has_manifest = (opened.folder / MANIFEST_NAME).is_file()
     parent = {"parent": read_manifest(opened.folder).identity} if has_manifest else {}

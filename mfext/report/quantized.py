@@ -43,7 +43,7 @@ def _verdict(data: Json) -> tuple[str, ...]:
     mean, domains = in_bits(change(mapping(data, "mean"))), mapping(data, "domains")
     if domains and mean.difference is not None:
         shown = interval(mean.difference, mean.low, mean.high)
-        lines.append(f"loss: {shown} bits per byte more on average of {plural(len(domains), 'domain')}")
+        lines.append(f"loss changed by {shown} bits per byte on average of {plural(len(domains), 'domain')}")
     elif not flag(data, "dry_run"):
         lines.append("loss not measured: name domains with --domain")
     return tuple(lines)
