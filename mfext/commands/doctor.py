@@ -35,6 +35,7 @@ OPTIONAL = {
     "triton": "GPU kernels",
     "tensorboard": "logger=tensorboard: pip install 'mfext[tensorboard]'",
     "wandb": "logger=wandb: pip install 'mfext[wandb]'",
+    "torchao": "quantize --to int8: pip install 'mfext[quantize]'",
 }
 STOLEN = ("2.6.2", "2.6.3")
 
