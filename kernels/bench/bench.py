@@ -26,6 +26,7 @@ from torch import Tensor  # noqa: E402
 from mfext.commands import rivals  # noqa: E402
 from mfext.metrics.speed import Figure, Run, interleaved_ms, peak_kb  # noqa: E402
 from mfext.model.build import new_model  # noqa: E402
+from mfext.model.language_model import LanguageModel  # noqa: E402
 from mfext_kernels import self_check  # noqa: E402
 
 SHAPES = {256: 8, 512: 8, 1024: 2, 2048: 1}  # length: batch

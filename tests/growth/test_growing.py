@@ -57,7 +57,7 @@ def test_closed_gate_gives_the_base_bit_for_bit_whatever_the_generation_learned(
 
 
 def test_tokens_before_the_gate_opens_are_the_bases() -> None:
-    """To rounding: what an expert's product makes of a row may depend, in the last bit, on how many rows it is given."""
+    """To rounding: an expert's product may depend, in a row's last bit, on how many rows it is given."""
     model = tiny_model().double()
     ids = tokens(batch=2)
     before = model(ids).logits
