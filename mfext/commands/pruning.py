@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from mfext import __version__
 from mfext.commands.growing import new_windows
 from mfext.commands.measuring import Column, Moment, measure
 from mfext.commands.models import OpenedModel, model_tensors
 from mfext.commands.preparing import Work, text_of
-from mfext.commands.setting import lineage_with
+from mfext.commands.setting import lineage_with, records_of
 from mfext.commands.usage import usage_of
 from mfext.config import ModelConfig, Recipe
 from mfext.config_pruning import PruningConfig, PruningCriterion
@@ -125,15 +127,20 @@ def _point(cutting: Cutting, full: OpenedModel, settings: PruningConfig, scores:
     plan = plan_pruning(model.config, scores, shared)
     smaller = copy.deepcopy(model)
     apply_pruning(smaller, plan)
+    said = f"{settings.criterion}: {settings.keep:.1%} kept"
+    return change_point(cutting, smaller, {**point, "cuts": cuts_json(plan)}, said)
+
+
+def change_point(cutting: Cutting, smaller: ModuleFormer, point: Mapping[str, object], said: str) -> dict[str, object]:
+    """A point of the curve: what `point` says of the smaller model, its size, speed and ledger rows."""
     begun = time.process_time()
     rows = measure_columns(cutting, smaller, cutting.columns)
     spent_s = time.process_time() - begun
-    cutting.console.say(f"{settings.criterion}: {settings.keep:.1%} kept, {_losses(rows)}")
+    cutting.console.say(f"{said}, {_losses(rows)}")
     return {
         **point,
-        "params": count_parameters(plan.after).total,
+        "params": count_parameters(smaller.config).total,
         "tokens_per_s": sum(row.tokens for row in rows) / max(spent_s, 1e-9),
-        "cuts": cuts_json(plan),
         "rows": [row.to_json() for row in rows],
     }
 
@@ -200,39 +207,70 @@ def _loss(rows: Sequence[LedgerRow]) -> float:
 
 def commit_pruned(cutting: Cutting, full: OpenedModel, plan: Plan, index: int) -> Stage:
     """Apply `plan` to a copy, prove it, and commit the smaller model; what left goes to the run's folder `removed`."""
-    model, before = growable(full.model), model_hash(model_tensors(full.model))
+    model = growable(full.model)
     smaller = copy.deepcopy(model)
     removed = apply_pruning(smaller, plan)
-    probe = cutting.windows(PROBED)
-    # In float64: what is proven is that nothing else changed, not how float32 sums round at this size of logits.
-    exact = copy.deepcopy(model).double(), copy.deepcopy(smaller).double()
-    difference = prove_pruning(*exact, plan, probe.input_ids, probe.document_starts)
-    rounded = prove_pruning(model, smaller, plan, probe.input_ids, probe.document_starts)
-    tensors = model_tensors(smaller)
     again = copy.deepcopy(smaller)
     restore_experts(again, removed)
-    facts: dict[str, object] = {
+    facts = {"criterion": cutting.recipe.pruning.criterion, "cuts": cuts_json(plan)}
+    domains = [each.to_json() for each in records_of(cutting.origin.manifest.metadata)]
+    change = Change(plan, smaller, again, removed.to_parts(), prove_pruning, domains)
+    return commit_change(cutting, full, change, facts, index)
+
+
+Proof = Callable[[ModuleFormer, ModuleFormer, Plan, Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a plan made of a model: the smaller one, that one with everything put back, what left (tensors and facts),
+    what shows that nothing else changed (the largest difference of a logit on ids and document starts), and the
+    domains that the smaller one has learned."""
+
+    plan: Plan
+    smaller: ModuleFormer
+    restored: ModuleFormer
+    removed: tuple[dict[str, Tensor], dict[str, object]]
+    prove: Proof
+    domains: Sequence[Mapping[str, str]]
+
+
+def commit_change(
+    cutting: Cutting, full: OpenedModel, change: Change, facts: Mapping[str, object], index: int
+) -> Stage:
+    """Prove a change and commit the smaller model, what left beside it; `facts` go to its lineage."""
+    model, before, smaller = growable(full.model), model_hash(model_tensors(full.model)), change.smaller
+    probe = cutting.windows(PROBED)
+    text = probe.input_ids, probe.document_starts
+    # In float64: what is proven is that nothing else changed, not how float32 sums round at this size of logits.
+    difference = change.prove(copy.deepcopy(model).double(), copy.deepcopy(smaller).double(), change.plan, *text)
+    rounded = change.prove(model, smaller, change.plan, *text)
+    tensors, restored = model_tensors(smaller), change.restored
+    complete: dict[str, object] = {
         "method": "prune",
-        "criterion": cutting.recipe.pruning.criterion,
         "target": cutting.target.name,
-        "cuts": cuts_json(plan),
+        **facts,
         "masked_difference": difference,
         "masked_difference_fp32": rounded,
         "equals_masked": difference <= MOST_DIFFERENCE,
-        "restores_exactly": model_hash(model_tensors(again)) == before and again.config == model.config,
+        "restores_exactly": model_hash(model_tensors(restored)) == before and restored.config == model.config,
     }
-    out_tensors, out_facts = removed.to_parts()
-    left = {"removed": out_facts, "from_sha256": before, "pruned_sha256": model_hash(tensors)}
-    save_model(out_tensors, to_mapping(plan.before), cutting.opened.path / REMOVED, left)
-    metadata = _metadata(cutting, facts, model_hash(tensors))
+    out_tensors, out_facts = change.removed
+    known = {key: value for key, value in cutting.origin.manifest.metadata.items() if key in ("domains", "lineage")}
+    left = {**known, "removed": out_facts, "from_sha256": before, "pruned_sha256": model_hash(tensors)}
+    save_model(out_tensors, to_mapping(change.plan.before), cutting.opened.path / REMOVED, left)
+    metadata = _metadata(cutting, complete, change.domains, model_hash(tensors))
     return cutting.opened.commit_stage(index, PRUNED, tensors, to_mapping(smaller.config), {}, metadata)
 
 
-def _metadata(cutting: Cutting, facts: Mapping[str, object], sha256: str) -> dict[str, object]:
+def _metadata(
+    cutting: Cutting, facts: Mapping[str, object], domains: Sequence[Mapping[str, str]], sha256: str
+) -> dict[str, object]:
     before = cutting.origin.manifest.metadata
     entry = {"name": PRUNED, "domains": [], "sha256": sha256, **facts}
     return {
-        **{key: before[key] for key in ("domains", "tokenizer") if key in before},
+        **({"tokenizer": before["tokenizer"]} if "tokenizer" in before else {}),
+        "domains": list(domains),
         "lineage": lineage_with(before, entry),
         "seed": cutting.recipe.seed,
         "mfext_version": __version__,
