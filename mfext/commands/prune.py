@@ -74,13 +74,7 @@ def specialise(recipe: Recipe, scene: Scene, base: OpenedModel, where: tuple[Dom
         prove_frozen(work)
         measure_committed(last, recipe.training.steps, (columns, within), recipe, opened, console)
     cutting, full = Cutting(work, last, target, columns), open_model(last.folder)
-    dropping = bool(recipe.pruning.drop_generations)
-    (draw_drops if dropping else draw_curve)(cutting, full)
-    pruned = find_stage(opened, last.index + 1)
-    if pruned is None and dropping:
-        pruned = commit_dropped(cutting, full, last.index + 1)
-    elif pruned is None:
-        pruned = commit_pruned(cutting, full, choose_cuts(cutting, full), last.index + 1)
+    pruned = _shrink(cutting, full, last.index + 1)
     measure_committed(pruned, 0, (columns, within), recipe, opened, console)
     if recipe.pruning.heal_tokens:
         _heal(work, pruned, target, (columns, within))
@@ -88,6 +82,21 @@ def specialise(recipe: Recipe, scene: Scene, base: OpenedModel, where: tuple[Dom
         sizes = {"before": footprint(last.folder), "after": footprint(pruned.folder)}
         opened.write_report_file(FOOTPRINT, json.dumps(sizes))
     return write_reports(opened, prune_report(opened, recipe), recipe.seed, config_hash(recipe))
+
+
+def _shrink(cutting: Cutting, full: OpenedModel, index: int) -> Stage:
+    """The curve, and the smaller model committed, as far as they are missing."""
+    dropping, scores = bool(cutting.recipe.pruning.drop_generations), None
+    if dropping:
+        draw_drops(cutting, full)
+    else:
+        scores = draw_curve(cutting, full)
+    pruned = find_stage(cutting.opened, index)
+    if pruned is not None:
+        return pruned
+    if dropping:
+        return commit_dropped(cutting, full, index)
+    return commit_pruned(cutting, full, choose_cuts(cutting, full, scores), index)
 
 
 def _heal(work: Work, pruned: Stage, target: Domain, columns: tuple[Sequence[Column], Sequence[Column]]) -> None:

@@ -26,7 +26,7 @@ from mfext.config_pruning import PruningConfig, PruningCriterion
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
 from mfext.errors import InputError
-from mfext.growth.banks import bank_keys, num_experts, softmax_banks
+from mfext.growth.banks import bank_keys, num_experts, softmax_banks, total_experts
 from mfext.growth.growable import growable
 from mfext.growth.masking import MOST_DIFFERENCE, ablation_scores, prove_pruning
 from mfext.growth.plan import Plan, count_parameters
@@ -43,6 +43,7 @@ from mfext.growth.pruning import (
 from mfext.metrics.ledger import LedgerRow
 from mfext.metrics.usage import scores as usage_scores
 from mfext.model.moduleformer import ModuleFormer
+from mfext.report.quantities import percent, plural
 from mfext.report.terminal import Console
 from mfext.store import Run, Stage, model_hash, read_json_object, save_model
 
@@ -85,7 +86,7 @@ def scores_of(cutting: Cutting, criterion: PruningCriterion, full: OpenedModel) 
     if criterion == "random":
         return random_scores(model.config, cutting.recipe.seed)
     if criterion == "ablation":
-        cutting.console.say("ablation: the loss without each expert alone")
+        cutting.console.say(f"ablation: the loss without each of {total_experts(model.config)} experts alone")
         return ablation_scores(model, cutting.windows(settings.ablation_windows))
     recipe, target = cutting.recipe, cutting.target
     sample = replace(recipe.evaluation, max_bytes=settings.sample_bytes)
@@ -97,16 +98,22 @@ def scores_of(cutting: Cutting, criterion: PruningCriterion, full: OpenedModel) 
     return {**unreached, **usage_scores(usage, criterion)}
 
 
-def draw_curve(cutting: Cutting, full: OpenedModel) -> None:
-    """Every criterion at every share kept: smaller models, measured on every column. What curve.json holds stays."""
+def draw_curve(cutting: Cutting, full: OpenedModel) -> Scores | None:
+    """Every criterion at every share kept: smaller models, measured on every column. What curve.json holds stays.
+
+    Returns the scores of the criterion that chooses for good, where the curve needed them.
+    """
     settings, points = cutting.recipe.pruning, read_curve(cutting.opened)
     done = {(point["criterion"], point["keep"]) for point in points}
+    chosen: Scores | None = None
     for criterion in settings.curve_criteria:
         wanted = [keep for keep in settings.curve if (criterion, keep) not in done]
         scores = scores_of(cutting, criterion, full) if wanted else {}
+        chosen = scores if wanted and criterion == settings.criterion else chosen
         for keep in wanted:
             points = [*points, _point(cutting, full, replace(settings, criterion=criterion, keep=keep), scores)]
             cutting.opened.write_report_file(CURVE, json.dumps({"points": points}))
+    return chosen
 
 
 def read_curve(opened: Run) -> list[dict[str, object]]:
@@ -127,7 +134,7 @@ def _point(cutting: Cutting, full: OpenedModel, settings: PruningConfig, scores:
     plan = plan_pruning(model.config, scores, shared)
     smaller = copy.deepcopy(model)
     apply_pruning(smaller, plan)
-    said = f"{settings.criterion}: {settings.keep:.1%} kept"
+    said = f"{settings.criterion}: {percent(settings.keep, 1)} kept"
     return change_point(cutting, smaller, {**point, "cuts": cuts_json(plan)}, said)
 
 
@@ -136,7 +143,7 @@ def change_point(cutting: Cutting, smaller: ModuleFormer, point: Mapping[str, ob
     begun = time.process_time()
     rows = measure_columns(cutting, smaller, cutting.columns)
     spent_s = time.process_time() - begun
-    cutting.console.say(f"{said}, {_losses(rows)}")
+    cutting.console.say(f"{said}, {_losses(rows, cutting.target.name)}")
     return {
         **point,
         "params": count_parameters(smaller.config).total,
@@ -159,8 +166,12 @@ def measure_columns(cutting: Cutting, model: ModuleFormer, columns: Sequence[Col
     return measure(model, columns, moment, cutting.recipe.evaluation, lambda line: None)[0]
 
 
-def _losses(rows: Sequence[LedgerRow]) -> str:
-    return ", ".join(f"{row.domain} {row.bits_per_byte or 0:.3f}" for row in rows[:4]) + " bits per byte"
+def _losses(rows: Sequence[LedgerRow], target: str) -> str:
+    """The target's loss, and the mean of all other domains'."""
+    own = ", ".join(f"{row.domain} {row.bits_per_byte or 0:.3f}" for row in rows if row.domain == target)
+    others = [row.bits_per_byte or 0.0 for row in rows if row.domain != target]
+    mean = f", mean of {plural(len(others), 'other')} {sum(others) / len(others):.3f}" if others else ""
+    return f"{own} bits per byte{mean}"
 
 
 def cuts_json(plan: Plan) -> list[dict[str, object]]:
@@ -171,13 +182,14 @@ def cuts_json(plan: Plan) -> list[dict[str, object]]:
     ]
 
 
-def choose_cuts(cutting: Cutting, full: OpenedModel) -> Plan:
+def choose_cuts(cutting: Cutting, full: OpenedModel, scores: Scores | None = None) -> Plan:
     """The plan asked for: by `keep` or `target`, or the fewest experts within `max_loss_increase` on the target.
 
-    That search halves the span of counts, as if the loss rose with every expert that leaves.
+    That search halves the span of counts, as if the loss rose with every expert that leaves. `scores` None measures
+    them.
     """
     settings, model = cutting.recipe.pruning, growable(full.model)
-    scores = scores_of(cutting, settings.criterion, full)
+    scores = scores_of(cutting, settings.criterion, full) if scores is None else scores
     if settings.max_loss_increase is None:
         return plan_pruning(model.config, scores, settings)
     own = [column for column in cutting.columns if column.domain == cutting.target.name]
