@@ -153,15 +153,7 @@ def _costs(settings: Sequence[Pruned]) -> Table:
             numbers.append((each.name, each.target, stage, *edges, each.kept, number_at(each.data, "params_after")))
     return Table(
         "What pruning cost",
-        columns=(
-            "setting",
-            "target",
-            "kept",
-            "parameters",
-            "stage",
-            "against the model pruned",
-            f"against {AGAINST[0][1]}",
-        ),
+        columns=("setting", "target", "stage", *(f"against {words}" for _, words in AGAINST), "kept", "parameters"),
         rows=tuple(rows),
         text_columns=("setting", "target", "stage"),
         numbers=Numbers(
