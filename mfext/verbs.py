@@ -140,9 +140,7 @@ VERBS = (
             Flag(
                 "--max-loss-increase", "pruning.max_loss_increase", "number", "the fewest within it; 0.01 is 1 %", "X"
             ),
-            Flag(
-                "--drop-generation", "pruning.drop_generations", "list", "these leave whole, nothing else does", "A,B"
-            ),
+            Flag("--drop-generation", "pruning.drop_generations", "list", "remove these whole, nothing else", "A,B"),
             Flag("--method", "method", "group", "fine-tune first: full, concentrate, ...; frozen does not", "NAME"),
             _TOKENIZER,
             *_RECIPE,

@@ -130,7 +130,7 @@ def _promises(data: Json) -> tuple[str, ...]:
     masked = f"{joined(dropped)} shut" if (dropped := dropped_of(data)) else "the removed experts masked"
     return (
         f"Proven on a probe: the pruned model is the full one with {masked} (largest difference of a "
-        f"logit {difference:.1g}), and putting them back gives the same bits.",
+        f"logit {difference:.1g}), and putting back what left gives the same bits.",
     )
 
 
@@ -161,7 +161,7 @@ def _before_after(data: Json) -> Table:
         share = percent(after / before) if before and after else ""
         rows.append((label, shown(before), shown(after), share))
     return Table(
-        "Before and after",
+        "Size and speed",
         columns=("", "before", "after", "of before"),
         rows=tuple(rows),
         text_columns=("",),

@@ -26,7 +26,7 @@ def setting_name(overrides: Json, shorts: Shorts, without: Sequence[str] = ("see
 
 
 def _short(values: Sequence[str]) -> dict[str, str]:
-    parts = {value: value.split("/") if _is_path(value) else [value] for value in values}
+    parts = {value: value.rstrip("/").split("/") if _is_path(value) else [value] for value in values}
     for length in range(1, max(map(len, parts.values())) + 1):
         found = {value: "/".join(each[-length:]) for value, each in parts.items()}
         if len(set(found.values())) == len(values):
