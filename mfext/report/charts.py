@@ -159,7 +159,7 @@ class Plot:
 
 
 def draw_curves(section: Curves) -> Plot:
-    """Places the series of a chart; on a log scale values at or below zero are left out."""
+    """Places the series of a chart; on a log scale values at or below zero are left out. x counts: ticks are whole."""
     scale = math.log10 if section.log_y else float
     kept = {
         series.name: [(x, scale(y)) for x, y in series.points if not section.log_y or y > 0]
@@ -198,7 +198,7 @@ def draw_curves(section: Curves) -> Plot:
     shown = [(tick, f"{10**tick:.3g}" if section.log_y else number(tick, places)) for tick in y_ticks]
     return Plot(
         lines,
-        tuple(Mark(at_x(tick), brief(tick)) for tick in nice_ticks(left, right, 4)),
+        tuple(Mark(at_x(tick), brief(tick)) for tick in nice_ticks(left, right, 4) if tick == round(tick)),
         tuple(Mark(at_y(tick), text) for tick, text in shown),
         tuple(
             Mark(at_x(x), name, round(at_x(end) - at_x(x), 3))

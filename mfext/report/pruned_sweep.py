@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mfext.report.quantities import MINUS, NONE, THIN, count, percent
 from mfext.report.reading import Json, mapping, objects, text
 from mfext.report.reading import number as number_at
-from mfext.report.report import Card, Curves, CurvesGrid, Numbers, Section, Series, Table
+from mfext.report.report import Card, Curves, CurvesGrid, Numbers, Section, Series, Table, Tone
 from mfext.report.setting_names import setting_name, short_values
 
 RANDOM, BY_LOT = "random", "drawn by lot"
@@ -79,7 +79,7 @@ def pruning_cards(settings: Sequence[Pruned]) -> list[Card]:
     for target, ranked in list(targets.items())[:2]:
         best, key, words = ranked[0], *_against(ranked)
         cost = best.cost(key)
-        tone = "good" if (number_at(cost, "estimate") or 0.0) <= GOOD else "plain"
+        tone: Tone = "good" if (number_at(cost, "estimate") or 0.0) <= GOOD else "plain"
         cards.append(Card(f"{target}: {best.label}", _percent(number_at(cost, "estimate")), "of the loss", words, tone))
         before, after = (count(number_at(best.data, key)) for key in ("params_before", "params_after"))
         cards.append(
