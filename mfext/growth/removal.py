@@ -16,7 +16,6 @@ from mfext.config import GenerationConfig, ModelConfig
 from mfext.conversion import did_you_mean, from_mapping, to_mapping
 from mfext.errors import InputError
 from mfext.growth.apply import apply_plan, require_fit, set_config
-from mfext.growth.growable import require_growable
 from mfext.growth.plan import Plan, RemoveExperts
 from mfext.model.generation import Generation
 from mfext.model.moduleformer import ModuleFormer
@@ -24,7 +23,6 @@ from mfext.model.moduleformer import ModuleFormer
 
 def plan_removal(config: ModelConfig, names: Sequence[str]) -> Plan:
     """Plan that the generations `names` leave, the newest first. Raises InputError where there is no such one."""
-    require_growable(config)
     known = [generation.name for generation in config.generations]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -102,7 +100,7 @@ def restore_generations(model: ModuleFormer, removed: RemovedGenerations) -> Non
     """
     left = len(removed.after.generations)
     newer = model.config.generations[left:]
-    fix = "they left a model of another shape, or are back already"
+    fix = "they left a model of another shape, or one of that name is there"
     fits = replace(model.config, generations=model.config.generations[:left]) == removed.after
     if not fits or {each.name for each in newer} & set(removed.names):
         raise InputError("the removed generations do not fit the model", "restore", fix)

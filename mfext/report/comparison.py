@@ -35,7 +35,7 @@ from mfext.report.quantities import (
 from mfext.report.reading import Json, listed, mapping, objects, text
 from mfext.report.reading import number as number_at
 from mfext.report.report import Card, Cards, KeyValues, Numbers, Report, Section, Table
-from mfext.report.setting_names import Shorts, short_values
+from mfext.report.setting_names import Shorts, short_of, short_values
 
 BITS = "bits per byte"
 
@@ -223,7 +223,7 @@ def _shorts(data: Json) -> Shorts:
 
 
 def _setting_of(trial: Json, shorts: Shorts) -> str:
-    return ", ".join(f"{key}={shorts[key][str(value)]}" for key, value in mapping(trial, "overrides").items())
+    return ", ".join(f"{key}={short_of(shorts, key, value)}" for key, value in mapping(trial, "overrides").items())
 
 
 def _trials(data: Json) -> Table:

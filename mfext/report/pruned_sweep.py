@@ -67,9 +67,8 @@ def pruning_lines(settings: Sequence[Pruned]) -> list[str]:
         line = f"{kept}, loss {_share(best.cost(key))} against {words}"
         others = [f"{each.label} {_share(each.cost(key))}{_of(each, best)}" for each in ranked[1 : NAMED_AT_MOST + 1]]
         lines.append("; ".join([line, *([", ".join(others)] if others else [])]))
-        lot = _by_lot(best)
-        if lot:
-            lines.append(f"on {target} as many experts {BY_LOT} cost {_share(lot)} (before healing, {best.label})")
+        if lot := _share(_by_lot(best)):
+            lines.append(f"on {target} as many experts {BY_LOT} cost {lot} (before healing, {best.label})")
     return lines
 
 
@@ -133,16 +132,17 @@ def _of(each: Pruned, best: Pruned) -> str:
 
 
 def _by_lot(setting: Pruned) -> Json:
-    """The rise where lots decide, at the share measured that is nearest to what the setting kept."""
+    """The rise where lots decide, at the share measured that leaves as many experts, but for rounding."""
     points = [each for each in objects(setting.data, "curve") if text(each, "criterion") == RANDOM]
     kept = setting.kept
     known = [(abs(keep - kept), each) for each in points if (keep := number_at(each, "keep")) and kept is not None]
-    gap, point = min(known, key=lambda pair: pair[0], default=(1.0, {}))
-    return mapping(point, "rise") if gap < 0.02 else {}
+    gap, point = min(known, key=lambda pair: pair[0], default=(math.inf, {}))
+    return mapping(point, "rise") if gap * (number_at(setting.data, "experts") or 0.0) < 1 else {}
 
 
 def _costs(settings: Sequence[Pruned]) -> Table:
-    keys, ends = [key for key, _ in AGAINST], ("estimate", "low", "high")
+    shown = [(key, words) for key, words in AGAINST if any(_share(each.cost(key)) for each in settings)]
+    keys, ends = [key for key, _ in shown], ("estimate", "low", "high")
     rows, numbers = [], []
     for each in settings:
         sizes = (percent(each.kept), count(number_at(each.data, "params_after")))
@@ -153,7 +153,7 @@ def _costs(settings: Sequence[Pruned]) -> Table:
             numbers.append((each.name, each.target, stage, *edges, each.kept, number_at(each.data, "params_after")))
     return Table(
         "What pruning cost",
-        columns=("setting", "target", "stage", *(f"against {words}" for _, words in AGAINST), "kept", "parameters"),
+        columns=("setting", "target", "stage", *(f"against {words}" for _, words in shown), "kept", "parameters"),
         rows=tuple(rows),
         text_columns=("setting", "target", "stage"),
         numbers=Numbers(

@@ -14,15 +14,24 @@ def short_values(overrides: Iterable[Json]) -> dict[str, dict[str, str]]:
     texts: dict[str, dict[str, None]] = {}
     for each in overrides:
         for key, value in each.items():
-            texts.setdefault(key, {})[str(value)] = None
+            texts.setdefault(key, {})[_text(value)] = None
     return {key: _short(list(values)) for key, values in texts.items()}
+
+
+def short_of(shorts: Shorts, key: str, value: object) -> str:
+    """The short form of one of the values that `short_values` saw."""
+    return shorts[key][_text(value)]
 
 
 def setting_name(overrides: Json, shorts: Shorts, without: Sequence[str] = ("seed",)) -> str:
     """'full domain=code': the method's value, then key=value of all overrides but `without`; '' where none is left."""
-    named = {key: shorts[key][str(value)] for key, value in overrides.items() if key not in without}
+    named = {key: short_of(shorts, key, value) for key, value in overrides.items() if key not in without}
     method = named.pop("method", None)
     return " ".join([*([method] if method is not None else []), *(f"{key}={value}" for key, value in named.items())])
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _short(values: Sequence[str]) -> dict[str, str]:
@@ -35,4 +44,4 @@ def _short(values: Sequence[str]) -> dict[str, str]:
 
 
 def _is_path(value: str) -> bool:
-    return "/" in value and not value.startswith(("hf:", "[", "("))
+    return "/" in value and not value.startswith("hf:") and "," not in value

@@ -15,6 +15,7 @@ from mfext.commands.grow import run as grow_run
 from mfext.commands.models import model_tensors, open_model
 from mfext.commands.prune import run as prune
 from mfext.commands.setting import load_domains
+from mfext.commands.sweep_summary import with_groups
 from mfext.commands.usage import usage_of
 from mfext.config import Recipe
 from mfext.config_evaluation import EvaluationConfig
@@ -23,6 +24,8 @@ from mfext.growth.banks import num_experts
 from mfext.metrics.usage import scores
 from mfext.model.moduleformer import ModuleFormer
 from mfext.recipe import load_recipe, recipe_of_run
+from mfext.report.comparison import sweep_report
+from mfext.report.quantities import percent
 from mfext.report.report import Report
 from mfext.report.terminal import Console
 from mfext.requests import Invocation
@@ -86,6 +89,17 @@ def test_a_pruning_tells_what_was_kept_what_it_cost_and_that_it_is_proven(pruned
         assert rise["difference"] == pytest.approx(point["nll_per_byte"]["digits"] - curve[0]["nll_per_byte"]["digits"])
         assert rise["low"] <= rise["difference"] <= rise["high"]
     assert any("same bits" in line for line in pruned.verdict)
+    assert data["learned"] == {} and "digits" in data["forgetting"]["domains"], "healing is no lesson"  # type: ignore[index]
+
+
+def test_a_real_pruning_fills_the_page_of_a_sweep(pruned: Report) -> None:
+    trial = {"id": "a", "state": "done", "run": "trials/a", "error": None, "overrides": {"domain": "x/digits"}}
+    report = sweep_report(with_groups({"verb": "prune", "axes": {}, "trials": [{**trial, "data": pruned.data}]}))
+    kept = percent(pruned.data["kept"] / pruned.data["experts"])  # type: ignore[operator]
+    assert report.verdict[0].startswith(f"on digits frozen keeps {kept} of the experts, loss ")
+    assert "drawn by lot" in report.verdict[1]
+    titles = [section.title for section in report.sections]
+    assert titles[:3] == ["Key numbers", "Share kept against loss", "What pruning cost"]
 
 
 def test_the_removed_experts_go_back_bit_for_bit(
