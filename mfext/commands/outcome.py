@@ -13,7 +13,7 @@ from mfext.commands.proofs import read_proof
 from mfext.commands.run_metrics import run_metrics
 from mfext.commands.setting import records_of
 from mfext.config import ModelConfig, Recipe
-from mfext.conversion import from_mapping
+from mfext.conversion import from_mapping, to_mapping
 from mfext.errors import InputError
 from mfext.growth.plan import count_parameters
 from mfext.metrics.bootstrap import Interval, PairedDocuments, mean_interval, pair_rows, paired_interval
@@ -179,6 +179,7 @@ def _raw(opened: Run, recipe: Recipe) -> dict[str, object]:
     return {
         "curves": {stage.name: _curve(opened.log_folder / f"{stage.index:03d}-{stage.name}") for stage in stages},
         "details": {stage.name: _read(opened.path / f"details-{stage.index:03d}.json") for stage in stages},
+        "generations": [to_mapping(each) for each in stage_config(stages[-1]).generations],
         "lineage": stages[-1].manifest.metadata.get("lineage", []),
         "environment": dict(stages[-1].manifest.environment),
         "facts": {

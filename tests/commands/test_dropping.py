@@ -120,6 +120,8 @@ def test_a_generation_in_the_middle_leaves_with_its_price_measured(
     assert model_hash(model_tensors(mfext.load(tmp_path / "whole"))) == model_hash(old)
     assert main(["report", str(tmp_path / "middle")]) == 0
     assert "No earlier model to be equal to" in capsys.readouterr().out
+    page = (tmp_path / "middle" / "report.html").read_text(encoding="utf-8")
+    assert "Gate of capitals" in page and "Gate of digits" not in page, "the generation left is called by its name"
 
 
 def test_a_dry_run_says_what_would_be_free_and_writes_nothing(
