@@ -228,6 +228,7 @@ def _completion(arguments: Arguments) -> str:
         "--method": known_options("method"),
         "--device": ["cpu", "gpu", "auto"],
         "--split": ["validation", "test"],
+        "--to": ["int8", "bf16"],
     }
     return completion_script(arguments.values.get("shell", ""), words)
 
@@ -289,7 +290,7 @@ def _run_request(verb: Verb, arguments: Arguments) -> None:
         set_key(plain, assignment.key, assignment.value)
     for key, value in arguments.values.items():
         set_key(plain, key, value)
-    keys = ("model", "domains", "run", "run_a", "run_b", "number")
+    keys = ("model", "to", "domains", "run", "run_a", "run_b", "number")
     needed = next((key for key in keys if _needs(verb, key) and key not in plain), None)
     if needed:
         spelled = next((flag.name for flag in verb.flags if flag.key == needed), needed.upper())

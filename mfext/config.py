@@ -208,7 +208,8 @@ class GateTraining:
 
     `learns` after: the gate is held open while the experts learn, and taught afterwards with samples of both sides;
     before: it is taught first, and the experts learn behind it. `new_sequences` windows of new text, `probe_sequences`
-    of old text and, after, as many written by the new experts themselves.
+    of old text and, after, as many written by the new experts themselves. `switching_share` of the batches are
+    documents that change domain; up to `noise` of the tokens it learns from are replaced at random.
     """
 
     probe: Probe = "self"
@@ -219,7 +220,9 @@ class GateTraining:
     reservoir_bytes: int = 262_144
     reservoir_share: float = 0.01
     negatives_share: float = 0.25
-    steps: int = 800
+    switching_share: float = 0.25
+    noise: float = 0.15
+    steps: int = 1600
     batch_size: int = 32
     learning_rate: float = 3e-3
     max_false_open: float = 0.01
@@ -231,6 +234,8 @@ class GateTraining:
         require_at_least(0, self, "reservoir_bytes", "reservoir_share")
         require(self, "max_false_open", 0 < self.max_false_open < 1, "a share between 0 and 1")
         require(self, "negatives_share", 0 <= self.negatives_share < 1, "a share from 0 to below 1")
+        require(self, "switching_share", 0 <= self.switching_share <= 1, "a share from 0 to 1")
+        require(self, "noise", 0 <= self.noise < 1, "a share from 0 to below 1")
         require(self, "ramp", 0 < self.ramp < 1, "between 0 and 1")
         require(self, "learning_rate", self.learning_rate > 0, "positive")
 

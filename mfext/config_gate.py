@@ -15,9 +15,9 @@ class DomainGateConfig:
     """
 
     d_embedding: int = 32
-    d_convolution: int = 64
+    d_convolution: int = 128
     convolution_width: int = 8
-    decays: tuple[float, ...] = (0.9, 0.97, 0.99)
+    decays: tuple[float, ...] = (0.8, 0.9, 0.96, 0.99)
     d_hidden: int = 64
     opens_at: float = 0.5
     full_at: float = 0.95

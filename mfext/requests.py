@@ -84,6 +84,25 @@ class RestoreRequest:
 
 
 @dataclass(frozen=True)
+class QuantizeRequest:
+    """Store a model's matrices as `to` in the folder `out`, or the first free one under runs/.
+
+    What that costs is measured on `domains`. `tokenizer` None takes the one named in the model folder.
+    """
+
+    model: str
+    to: Literal["int8", "bf16"]
+    domains: tuple[str, ...] = ()
+    out: str | None = None
+    tokenizer: str | None = None
+    seed: int = 1
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+
+
+@dataclass(frozen=True)
 class InspectRequest:
     """Layers, generations, lineage and sizes of a model or run folder; with `domains` what its experts do there.
 

@@ -211,7 +211,7 @@ def replace_folder(
     make_folders(target.parent)
     require_free_space(target.parent, 0)
     recover_folder(target)
-    _require_replaceable(target, kind)
+    require_replaceable(target, kind)
     aside = _aside(target)
     with machine_errors(target), temporary_folder(target) as temporary:
         _fill(
@@ -219,7 +219,7 @@ def replace_folder(
         )
         with folder_lock(target.parent):
             _recover(target)
-            _require_replaceable(target, kind)
+            require_replaceable(target, kind)
             if _is_vacant(target):
                 os.rename(temporary, target)
             else:
@@ -275,7 +275,8 @@ def _require_vacant(target: Path) -> None:
         raise InputError("already exists", target, "choose a folder that is missing or empty")
 
 
-def _require_replaceable(target: Path, kind: str) -> None:
+def require_replaceable(target: Path, kind: str) -> None:
+    """Raise InputError where `replace_folder` would not write: asked before long work, it loses none."""
     if _is_vacant(target):
         return
     what, fix = (

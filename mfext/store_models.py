@@ -14,12 +14,17 @@ from mfext.store_files import check_file_name, machine_errors, make_folders, req
 from mfext.store_folders import MANIFEST_NAME, Manifest, absolute, recover_folder, replace_folder, verify_folder
 from mfext.store_json import dump_json, read_json_object
 from mfext.store_tensors import read_tensors, require_finite, save_tensors, tensors_size_bytes
+from mfext.store_weights import FORMATS, widen_weights
 
 MODEL_TYPE = "mfext_moduleformer"
 MODEL_FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 TENSORS_NAME = "model.safetensors"
 MODEL_KINDS = ("model", "stage")
+WEIGHTS_KEY = "weights"
+"""In config.json: the number format of tensors stored in fewer bits; absent where they are what they are."""
+FORMAT_KEYS = ("model_type", "format_version", WEIGHTS_KEY)
+"""Keys of config.json that are no keys of the model's config."""
 
 Extra: TypeAlias = Mapping[str, object]
 """Further files of a folder by name: a mapping of tensors becomes NAME.safetensors, bytes the file
@@ -27,7 +32,7 @@ NAME as they are, anything else NAME.json."""
 
 
 class ModelFolder(NamedTuple):
-    """What a verified model folder holds; tensors are on the CPU."""
+    """What a verified model folder holds; tensors are on the CPU, those stored in fewer bits widened to float32."""
 
     config: dict[str, object]
     tensors: dict[str, Tensor]
@@ -129,5 +134,10 @@ def load_model_folder(path: Path) -> ModelFolder:
             path / CONFIG_NAME,
             f"it reads {MODEL_TYPE}, version {MODEL_FORMAT_VERSION}",
         )
+    weights = config.get(WEIGHTS_KEY)
+    if weights is not None and weights not in FORMATS:
+        fix = f"it reads {', '.join(FORMATS)}; use a newer mfext"
+        raise InputError(f"weights of a format this mfext does not read ({str(weights)[:20]})", path, fix)
     with machine_errors(path):
-        return ModelFolder(config, read_tensors(path / TENSORS_NAME), manifest)
+        tensors = read_tensors(path / TENSORS_NAME)
+        return ModelFolder(config, tensors if weights is None else widen_weights(tensors, path), manifest)

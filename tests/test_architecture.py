@@ -55,6 +55,7 @@ DOORS = {
     "pytorch_lightning": (),
     "torchmetrics": ("mfext/metrics/",),
     "safetensors": ("mfext/store",),
+    "torchao": ("mfext/store_weights.py",),
     "transformers": ("mfext/hub/",),
     "triton": ("kernels/mfext_kernels/",),
     # Only in memory, through pipes between our own processes; never to or from a file.

@@ -229,7 +229,7 @@ def test_help_lists_every_verb_and_the_version_is_told(capsys: pytest.CaptureFix
 def test_completion_knows_verbs_flags_and_domains(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     out = capsys.readouterr().out
-    for word in ("grow", "pretrain", "domain", "unicode_names", "grow_code"):
+    for word in ("grow", "pretrain", "domain", "unicode_names", "grow_code", "quantize", "int8"):
         assert word in out
 
 

@@ -21,9 +21,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import contestants  # noqa: E402
 import torch  # noqa: E402
 from measure import ROOT, child_peak_mb, surroundings  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from mfext.commands import rivals  # noqa: E402
-from mfext.metrics.speed import Figure, interleaved_ms, peak_kb  # noqa: E402
+from mfext.metrics.speed import Figure, Run, interleaved_ms, peak_kb  # noqa: E402
 from mfext.model.build import new_model  # noqa: E402
 from mfext_kernels import self_check  # noqa: E402
 
@@ -37,6 +38,8 @@ ATTENTION_AT_MOST = 1.3
 DENSE_LENGTHS = (256, 512)
 ACTIVE_AT_MOST, TOTAL_AT_LEAST = 1.3, 2.5
 GROWTH_AT_MOST = 0.75
+EXPERTS_16_FOLD_AT_MOST = 1.15
+CLOSED_GENERATIONS, EACH_AT_MOST = 4, 0.05
 
 
 def line(row: Figure) -> str:
@@ -133,6 +136,37 @@ def decoding() -> Iterator[Figure]:
         yield Figure(7, f"decode after {prompt} / published", *per_second, "tokens/s", slow / fast, "at least", target)
 
 
+def scaling() -> Iterator[Figure]:
+    """How an evaluation forward grows with experts, layers, length and generations whose gates are closed."""
+
+    def rows(what: str, longer: Run, shorter: Run, at_most: float) -> Figure:
+        more, less = interleaved_ms(longer, shorter, 5, 5)
+        return Figure(10, f"forward, {what}", more, less, "ms", more / less, "at most", at_most, counts=False)
+
+    ids = torch.randint(0, 512, (SHAPES[512], 512))
+    many, few = (_forward(new_model(rivals.with_experts(rivals.CONFIG_S, each)), ids) for each in (128, 8))
+    yield rows("128 experts a site / 8, K 2, 8 x 512", many, few, EXPERTS_16_FOLD_AT_MOST)
+    deep, flat = (_forward(new_model(replace(rivals.CONFIG_S, num_layers=each)), ids) for each in (8, 2))
+    yield rows("8 layers / 2, 8 x 512", deep, flat, 4.0)
+    model = new_model(rivals.CONFIG_S)
+    long, short = (torch.randint(0, 512, (2, each)) for each in (2048, 256))
+    yield rows("2 x 2048 / 2 x 256", _forward(model, long), _forward(model, short), 64.0)
+    closed = rivals.grown_and_closed(rivals.CONFIG_S, CLOSED_GENERATIONS)
+    allowed = 1 + CLOSED_GENERATIONS * EACH_AT_MOST
+    what = f"{CLOSED_GENERATIONS} closed generations / none, 8 x 512"
+    yield rows(what, _forward(closed, ids), _forward(model, ids), allowed)
+
+
+def _forward(model: LanguageModel, ids_BT: Tensor) -> Run:
+    model.eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        model(ids_BT)
+
+    return run
+
+
 PARTS = {
     "model": whole_model,
     "attention": attention,
@@ -141,6 +175,7 @@ PARTS = {
     "memory": memory,
     "decode": decoding,
     "growth": growth,
+    "scaling": scaling,
 }
 
 

@@ -35,6 +35,7 @@ OPTIONAL = {
     "triton": "GPU kernels",
     "tensorboard": "logger=tensorboard: pip install 'mfext[tensorboard]'",
     "wandb": "logger=wandb: pip install 'mfext[wandb]'",
+    "torchao": "quantize --to int8: pip install 'mfext[quantize]'",
 }
 STOLEN = ("2.6.2", "2.6.3")
 
@@ -163,10 +164,12 @@ def _kernels(
 ) -> list[dict[str, object]]:
     if packages["torch"] is None or any(text.startswith("torch does not load") for text in problems):
         return []
+    from mfext_kernels import decode_step
     from mfext_kernels.checks import self_check
-    from mfext_kernels.decode_step import explain
+    from mfext_kernels.stickbreaking import compiled_sticks
 
     checks = self_check()
-    machine["compiled_decode_step"] = explain()
+    machine["compiled_decode_step"] = decode_step.explain()
+    machine["compiled_attention"] = compiled_sticks.explain()
     problems += [f"wrong kernel: {check.detail}" for check in checks if not check.passed]
     return [asdict(check) for check in checks]

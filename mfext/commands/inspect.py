@@ -33,13 +33,15 @@ def run(request: InspectRequest, invocation: Invocation = DEFAULT_INVOCATION) ->
     opened = open_model(asked)
     config, metadata = opened.model.config, opened.metadata
     lineage, domains = metadata.get("lineage", []), metadata.get("domains", [])
+    dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
     data: dict[str, object] = {
         "run": str(asked) if is_run_folder(asked) else None,
         "model": str(opened.folder),
         "model_sha256": opened.sha256,
         "source": metadata.get("source", "mfext"),
         "tokenizer": tokenizer_named(metadata),
-        "dtype": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "weights": opened.weights or dtype,
         "size_bytes": sum(path.stat().st_size for path in opened.folder.iterdir() if path.is_file()),
         "config": {key: value for key, value in to_mapping(config).items() if key != "generations"},
         "generations": _generations(config),

@@ -16,6 +16,8 @@ from mfext.hub.molm import config_from_published, is_published_config, tensors_f
 from mfext.model.build import new_model
 from mfext.model.language_model import LanguageModel
 from mfext.store import (
+    FORMAT_KEYS,
+    WEIGHTS_KEY,
     find_model_folder,
     load_model_folder,
     load_tensors,
@@ -26,18 +28,22 @@ from mfext.store import (
     save_model as commit_model,
 )
 
-FORMAT_KEYS = ("model_type", "format_version")
 SHARD_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model, the folder it came from, what that folder records (lineage, domains, tokenizer) and its SHA-256."""
+    """A model, the folder it came from, what that folder records (lineage, domains, tokenizer) and its SHA-256.
+
+    `weights` is int8 or bf16 where the folder stores fewer bits than the model has, else None. The SHA-256 is of the
+    tensors the model computes with, in whatever format they lie on disk.
+    """
 
     model: LanguageModel
     folder: Path
     metadata: Mapping[str, object]
     sha256: str
+    weights: str | None
 
 
 def load_model(
@@ -67,6 +73,7 @@ def open_model(path: str | Path) -> OpenedModel:
     if _is_published(folder):
         config, tensors = _read_published(folder)
         metadata: Mapping[str, object] = {"source": "published MoLM layout"}
+        weights = None
     else:
         folder = find_model_folder(folder)
         mapping, tensors, manifest = load_model_folder(folder)
@@ -76,7 +83,8 @@ def open_model(path: str | Path) -> OpenedModel:
             str(folder / "config.json"),
         )
         metadata = manifest.metadata
-    return OpenedModel(build_model(config, tensors, folder), folder, metadata, model_hash(tensors))
+        weights = None if mapping.get(WEIGHTS_KEY) is None else str(mapping[WEIGHTS_KEY])
+    return OpenedModel(build_model(config, tensors, folder), folder, metadata, model_hash(tensors), weights)
 
 
 def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> LanguageModel:

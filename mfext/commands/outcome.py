@@ -25,9 +25,8 @@ from mfext.report.extras import Extras, extras_of
 from mfext.report.html import to_html
 from mfext.report.markdown import to_markdown
 from mfext.report.report import Report
-from mfext.store import MODEL_TYPE, Run, Stage, read_json_object
+from mfext.store import FORMAT_KEYS, MODEL_TYPE, Run, Stage, read_json_object
 
-FORMAT_KEYS = ("model_type", "format_version")
 RANDOM_STAGE = "random"
 """What course.py calls stage 0 where it is the weights that pretraining started from."""
 MENDED = ("prune", "healed")

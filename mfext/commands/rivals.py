@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfext.config import GrowthConfig, ModelConfig
-from mfext.growth.apply import apply_plan, hold_gate_open, set_trainable
+from mfext.growth.apply import apply_plan, hold_gate_open, set_gate_thresholds, set_trainable
 from mfext.growth.plan import count_parameters, plan_growth
 from mfext.metrics.speed import Run, peak_kb
 from mfext.model.build import new_model
@@ -41,6 +41,7 @@ CONFIG_S = ModelConfig(
 )
 DENSE_HEAD = 32
 NEW_EXPERTS = GrowthConfig(embedding_rank=0, head_rank=0)
+NEVER_OPEN = 1 - 1e-6, 1.0  # thresholds that fresh gates stay below
 Size = Literal["active", "total"]
 
 
@@ -127,6 +128,20 @@ def growth_steps(config: ModelConfig, growth: GrowthConfig, ids_BT: Tensor, targ
         set_trainable(model, method.trainable(model))
         steps.append(train_step(model, ids_BT, targets_BT))
     return steps[0], steps[1]
+
+
+def with_experts(config: ModelConfig, num_experts: int) -> ModelConfig:
+    """The config with so many experts at every site, and as many chosen as before."""
+    return replace(config, attention_experts=num_experts, feedforward_experts=num_experts)
+
+
+def grown_and_closed(config: ModelConfig, num_generations: int) -> ModuleFormer:
+    """A model with so many generations of NEW_EXPERTS, whose gates no text opens."""
+    model = ModuleFormer(config)
+    for number in range(num_generations):
+        apply_plan(model, plan_growth(model.config, NEW_EXPERTS, f"new_{number}"))
+        set_gate_thresholds(model, *NEVER_OPEN)
+    return model
 
 
 def attention(batch: int, length: int, lasting: bool) -> Runs:

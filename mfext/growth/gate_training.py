@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from mfext.config import GateTraining
 from mfext.errors import InputError
 from mfext.growth.apply import set_gate_thresholds
-from mfext.growth.probes import Windows, open_set_negatives
+from mfext.growth.gate_text import GateText
+from mfext.growth.probes import Windows
 from mfext.model.domain_gate import DomainGate
 from mfext.model.moduleformer import ModuleFormer
 
@@ -62,7 +63,8 @@ def train_gate(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         gate.reset_parameters()
-    _fit(model, new_fit if own is None else new_fit.joined(own), old_fit, settings, generator)
+    text = GateText.of(model.config, new_fit if own is None else new_fit.joined(own), old_fit)
+    _fit(model, text, settings, generator)
     return replace(calibrate_gate(model, new_held, old_held, settings, generator), wall_s=time.monotonic() - begun)
 
 
@@ -84,7 +86,7 @@ def calibrate_gate(
     begun = time.monotonic()
     gate = model.generation(len(model.generations)).gate
     assert gate is not None, "only generations of mode gated have one"
-    negatives = open_set_negatives(new_held, model.config.vocab_size, _special_ids(model), generator)
+    negatives = GateText.of(model.config, new_held, old_held).negatives(new_held, generator)
     old_p, new_p, negative_p = (_probabilities(gate, windows) for windows in (old_held, new_held, negatives))
     some_p, share = old_p[:1_000_000].double(), 1 - settings.max_false_open
     opens_at = float(torch.quantile(some_p, share, interpolation="higher"))
@@ -102,10 +104,6 @@ def calibrate_gate(
     )
 
 
-def _special_ids(model: ModuleFormer) -> set[int]:
-    return {model.config.bos_id, model.config.eos_id, model.config.pad_id}
-
-
 def hold_out(windows: Windows, generator: torch.Generator) -> tuple[Windows, Windows]:
     """The windows to learn from and the quarter (at least 2) kept back, drawn by `generator`."""
     order = torch.randperm(len(windows), generator=generator)
@@ -113,33 +111,16 @@ def hold_out(windows: Windows, generator: torch.Generator) -> tuple[Windows, Win
     return windows.take(order[held:]), windows.take(order[:held])
 
 
-def gate_loss(
-    model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, generator: torch.Generator
-) -> Tensor:
-    """The newest gate's cross-entropy (nats a position) on one batch drawn from new text, probes and negatives."""
+def gate_loss(model: ModuleFormer, text: GateText, settings: GateTraining, generator: torch.Generator) -> Tensor:
+    """The newest gate's cross-entropy (nats a position) on one batch of `text`."""
     gate = model.generation(len(model.generations)).gate
     assert gate is not None, "only generations of mode gated have one"
-    num_negative = int(settings.batch_size * settings.negatives_share)
-    num_new = (settings.batch_size - num_negative) // 2
-    some_new = draw(new, num_new + num_negative, generator)
-    negatives = open_set_negatives(
-        some_new.take(torch.arange(num_new, len(some_new))), model.config.vocab_size, _special_ids(model), generator
-    )
-    some_old = draw(old, settings.batch_size - num_new - num_negative, generator)
-    length = min(some_new.input_ids.shape[1], some_old.input_ids.shape[1])
-    begin = int(torch.randint(0, length // 2, (1,), generator=generator)) * int(
-        torch.randint(0, 2, (1,), generator=generator)
-    )
-    parts = [each.cut(begin, length - begin) for each in (some_new.take(torch.arange(num_new)), some_old, negatives)]
-    labels_BT = torch.zeros(settings.batch_size, length - begin)
-    labels_BT[:num_new] = 1.0
-    logits_BT, _ = gate(
-        torch.cat([each.input_ids for each in parts]), torch.cat([each.document_starts for each in parts])
-    )
-    return F.binary_cross_entropy_with_logits(logits_BT, labels_BT.to(logits_BT))
+    batch = text.batch(settings, generator)
+    logits_BT, _ = gate(batch.input_ids, batch.document_starts)
+    return F.binary_cross_entropy_with_logits(logits_BT, batch.labels_BT.to(logits_BT))
 
 
-def _fit(model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining, generator: torch.Generator) -> None:
+def _fit(model: ModuleFormer, text: GateText, settings: GateTraining, generator: torch.Generator) -> None:
     gate = model.generation(len(model.generations)).gate
     assert gate is not None, "only generations of mode gated have one"
     parameters = list(gate.parameters())
@@ -148,7 +129,7 @@ def _fit(model: ModuleFormer, new: Windows, old: Windows, settings: GateTraining
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, settings.steps))
     for _ in range(settings.steps):
-        loss = gate_loss(model, new, old, settings, generator)
+        loss = gate_loss(model, text, settings, generator)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -162,11 +143,6 @@ def rate_share(step: int, steps: int) -> float:
     """Share of the learning rate: warm-up over the first twentieth, then a cosine to zero."""
     warm = max(1, steps // 20)
     return (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-
-
-def draw(windows: Windows, count: int, generator: torch.Generator) -> Windows:
-    """`count` windows with replacement."""
-    return windows.take(torch.randint(len(windows), (count,), generator=generator))
 
 
 @torch.inference_mode()

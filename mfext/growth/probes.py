@@ -48,16 +48,20 @@ def document_starts(input_ids_BT: Tensor, bos_id: int) -> Tensor:
 def self_probes(model: ModuleFormer, num: int, length: int, seed: int, generations: int | None = None) -> Windows:
     """Sample `num` windows of `length` tokens from the frozen model itself, so that no old text is needed.
 
-    An equal share comes from the model with every gate held closed (generations without one stay in it) and from
-    each gated generation with its own held open; only from the first `generations` of them where that is given.
+    Half come from the model with every gate held closed (generations without one stay in it), which knows most, and
+    an equal part of the rest from each gated generation with its own held open; only from the first `generations` of
+    them where that is given.
     """
     config = model.config
     gated = [number for number, each in enumerate(config.generations[:generations], 1) if each.mode == "gated"]
-    parts = torch.tensor_split(torch.arange(num), 1 + len(gated))
+    counts = [num]
+    if gated:
+        parts = torch.tensor_split(torch.arange(num // 2), len(gated))
+        counts = [num - num // 2, *(len(part) for part in parts)]
     samples = []
-    for position, (part, opened) in enumerate(zip(parts, [None, *gated], strict=True)):
+    for position, (count, opened) in enumerate(zip(counts, [None, *gated], strict=True)):
         with _held_open(model, opened):
-            samples.append(sample_documents(model, len(part), length, seed + position, batch=256))
+            samples.append(sample_documents(model, count, length, seed + position, batch=256))
     ids = torch.cat([sample for sample in samples if len(sample)])
     return Windows(ids, document_starts(ids, config.bos_id))
 

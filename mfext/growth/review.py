@@ -23,7 +23,8 @@ from torch.nn.utils import clip_grad_norm_
 from mfext.config import GrowthConfig
 from mfext.errors import InputError
 from mfext.growth.apply import freeze, set_trainable
-from mfext.growth.gate_training import GateCalibration, calibrate_gate, draw, gate_loss, hold_out, rate_share
+from mfext.growth.gate_text import GateText, draw
+from mfext.growth.gate_training import GateCalibration, calibrate_gate, gate_loss, hold_out, rate_share
 from mfext.growth.probes import Windows
 from mfext.model.generation import deciding_names
 from mfext.model.language_model import ModelOutput
@@ -94,6 +95,7 @@ def _fit(model: ModuleFormer, new: Windows, old: Windows, growth: GrowthConfig, 
     parameters = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, settings.steps))
+    text = GateText.of(model.config, new, old)
     for _ in range(settings.steps):
         new_loss, _ = _language(model, draw(new, settings.batch_size - num_old, generator))
         old_loss, output = _language(model, draw(old, num_old, generator))
@@ -101,7 +103,7 @@ def _fit(model: ModuleFormer, new: Windows, old: Windows, growth: GrowthConfig, 
         if settings.penalty:
             loss = loss + settings.penalty * new_expert_mass(model, output)
         if gated:
-            loss = loss + gate_loss(model, new, old, growth.gate, generator)
+            loss = loss + gate_loss(model, text, growth.gate, generator)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         clip_grad_norm_(parameters, 1.0)

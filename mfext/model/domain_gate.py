@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mfext.config_gate import DomainGateConfig
 
-CHUNK = 64
+CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -74,30 +74,53 @@ class DomainGate(nn.Module):
         windows_BTEW = windows_BTEW * (back_W <= reach_BT[..., None])[:, :, None, :]
         features_BTC = F.gelu(self.convolution(windows_BTEW.flatten(2)))
         features_BTC = features_BTC * (reach_BT >= 0)[..., None]
-        means, sums = self._running_means(features_BTC, reach_BT, state.sums_MBC)
-        logits_BT = self.output(F.gelu(self.hidden(means))).squeeze(-1)
+        hidden_BTH, sums = self._hidden(features_BTC, reach_BT, state.sums_MBC)
+        logits_BT = self.output(F.gelu(hidden_BTH)).squeeze(-1)
         return logits_BT, GateState(padded[:, padded.shape[1] - (width - 1) :].detach(), sums.detach())
 
-    def _running_means(self, features_BTC: Tensor, reach_BT: Tensor, sums_MBC: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (B, T, M*C) over each document so far, in chunks: no T x T tensor is formed."""
+    def _hidden(self, features_BTC: Tensor, reach_BT: Tensor, sums_MBC: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden layer (B, T, H) of the means over each document so far, and the sums at the last position.
+
+        In chunks of t positions, n of them: inside a chunk one product, and what it carries to the next is a short
+        loop. The layer is linear, so features pass it before they are averaged: no M*C numbers a position.
+        """
+        batch, length, width = features_BTC.shape
+        num_inside = min(CHUNK, length)
+        padding = -length % num_inside
         decays_M = features_BTC.new_tensor([1.0, *self.config.decays])
-        out = []
-        for begin in range(0, features_BTC.shape[1], CHUNK):
-            chunk_BtC = features_BTC[:, begin : begin + CHUNK]
-            reach_Bt = reach_BT[:, begin : begin + CHUNK]
-            here_t = torch.arange(chunk_BtC.shape[1], device=features_BTC.device)
-            back_tt = here_t[:, None] - here_t
-            power_Mtt = decays_M[:, None, None] ** back_tt.clamp_min(0)
-            seen_Btt = (back_tt >= 0) & (back_tt <= reach_Bt[..., None])
-            weights_MBtt = power_Mtt[:, None] * seen_Btt
-            carried_MBt = decays_M[:, None, None] ** (here_t + 1) * (reach_Bt > here_t)
-            sums_MBtC = weights_MBtt @ chunk_BtC + carried_MBt[..., None] * sums_MBC[:, :, None]
-            sums_MBC = sums_MBtC[:, :, -1]
-            count_Bt = (reach_Bt + 1).clamp_min(1).to(features_BTC.dtype)
-            slow_M = decays_M[1:, None, None]
-            totals = torch.cat([count_Bt[None], (1 - slow_M**count_Bt) / (1 - slow_M)])
-            out.append((sums_MBtC / totals[..., None]).permute(1, 2, 0, 3).flatten(2))
-        return torch.cat(out, dim=1), sums_MBC
+        features_BntC = F.pad(features_BTC, (0, 0, 0, padding)).view(batch, -1, num_inside, width)
+        reach_Bnt = F.pad(reach_BT, (0, padding)).view(batch, -1, num_inside)
+        here_t = torch.arange(num_inside, device=features_BTC.device)
+        back_tt = here_t[:, None] - here_t
+        power_ttM = decays_M ** back_tt[..., None].clamp_min(0)
+        seen_Bntt = (back_tt >= 0) & (back_tt <= reach_Bnt[..., None])
+        weights_BnttM = power_ttM * seen_Bntt[..., None]
+        carried_BntM = decays_M ** (here_t[:, None] + 1) * (reach_Bnt > here_t)[..., None]
+
+        sums_BMC, begins = sums_MBC.transpose(0, 1), []
+        ends_BnMC = weights_BnttM[:, :, -1].transpose(-1, -2) @ features_BntC
+        for chunk in range(features_BntC.shape[1]):
+            begins.append(sums_BMC)
+            sums_BMC = ends_BnMC[:, chunk] + carried_BntM[:, chunk, -1, :, None] * sums_BMC
+        if padding:
+            last = num_inside - 1 - padding
+            end_BMC = weights_BnttM[:, -1, last].transpose(-1, -2) @ features_BntC[:, -1]
+            sums_BMC = end_BMC + carried_BntM[:, -1, last, :, None] * begins[-1]
+
+        layer_HMC = self.hidden.weight.view(-1, len(decays_M), width)
+        total_BntM = self._totals(reach_Bnt, decays_M)
+        num_rows = num_inside * len(decays_M)
+        passed_BnXH = (features_BntC @ layer_HMC.permute(2, 1, 0).flatten(1)).view(batch, -1, num_rows, len(layer_HMC))
+        begun_BnMH = torch.einsum("bnmc,hmc->bnmh", torch.stack(begins, 1), layer_HMC)
+        inside_BntH = (weights_BnttM / total_BntM[..., None, :]).flatten(3) @ passed_BnXH
+        hidden_BntH = inside_BntH + (carried_BntM / total_BntM) @ begun_BnMH + self.hidden.bias
+        return hidden_BntH.flatten(1, 2)[:, :length], sums_BMC.transpose(0, 1)
+
+    def _totals(self, reach_Bnt: Tensor, decays_M: Tensor) -> Tensor:
+        """What the weights of a document so far sum to (..., M); 1 before it begins."""
+        count = (reach_Bnt + 1).clamp_min(1).to(decays_M.dtype)[..., None]
+        slow_M = decays_M[1:]
+        return torch.cat([count, (1 - slow_M**count) / (1 - slow_M)], dim=-1)
 
     def openness(self, logits_BT: Tensor) -> Tensor:
         """g in [0, 1]: exactly 0 up to `opens_at`, exactly 1 from `full_at`, linear between."""

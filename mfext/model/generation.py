@@ -98,6 +98,11 @@ def deciding_names(names: Iterable[str]) -> set[str]:
     }
 
 
+def gate_names(names: Iterable[str]) -> set[str]:
+    """Of a model's parameter names, those of domain gates, whose thresholds were calibrated on these very weights."""
+    return {name for name in names if name.startswith("generations.") and name.split(".")[2] == "gate"}
+
+
 @dataclass(frozen=True)
 class OpenTokens:
     """Which tokens of a forward a generation with a router of its own is open on: all, in mode side.

@@ -55,6 +55,7 @@ def _overview(data: Json) -> KeyValues:
         ("SHA-256 of the weights", text(data, "model_sha256")),
         ("size on disk", size(number_at(data, "size_bytes"))),
         ("number format", text(data, "dtype")),
+        ("stored as", text(data, "weights")),
         ("tokenizer", text(data, "tokenizer")),
         ("domains it learned", known or "not recorded"),
         *((shown, str(shape[key])) for key, shown in _SHAPE if key in shape),

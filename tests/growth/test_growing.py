@@ -56,8 +56,9 @@ def test_closed_gate_gives_the_base_bit_for_bit_whatever_the_generation_learned(
     assert torch.equal(model(tokens()).logits, before)
 
 
-def test_tokens_before_the_gate_opens_are_the_bases_bit_for_bit() -> None:
-    model = tiny_model()
+def test_tokens_before_the_gate_opens_are_the_bases() -> None:
+    """To rounding: what an expert's product makes of a row may depend, in the last bit, on how many rows it is given."""
+    model = tiny_model().double()
     ids = tokens(batch=2)
     before = model(ids).logits
     grow(model, "code")
@@ -65,13 +66,13 @@ def test_tokens_before_the_gate_opens_are_the_bases_bit_for_bit() -> None:
     gate = model.generation(1).gate
     assert gate is not None
     logits, _ = gate(ids, torch.zeros_like(ids))
-    opens_at = float(logits.detach().sigmoid()[:, :3].max())
+    opens_at = float(logits.detach().sigmoid().quantile(0.8))
     set_gate_thresholds(model, opens_at, min(1.0, opens_at + 0.05))
     output = model(ids)
     assert output.gates is not None
     opened = (output.gates[..., 0] > 0).int().cummax(1).values.bool()
     assert opened.any() and not opened.all(), "the example must hold both kinds of token"
-    assert torch.equal(output.logits[~opened], before[~opened])
+    torch.testing.assert_close(output.logits[~opened], before[~opened], rtol=1e-12, atol=1e-12)
 
 
 def test_open_tokens_of_some_rows_equal_the_same_rows_alone() -> None:

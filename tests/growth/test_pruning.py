@@ -117,7 +117,7 @@ def test_a_pruned_model_is_the_masked_full_one_and_restores_to_the_same_bits(rou
         parameters = sum(parameter.numel() for parameter in model.parameters())
         assert parameters == count_parameters(model.config).total == count_parameters(full.config).total - experts
         assert experts > 0 and {name for name, _ in model.named_parameters()} == before.keys()
-        assert prove_pruning(full, model, plan, tokens()) <= MOST_DIFFERENCE
+        assert prove_pruning(full, model, plan, tokens()) <= MOST_DIFFERENCE * max(1.0, float(logits.abs().max()))
         assert (model(tokens()).logits - logits).abs().max() > 100 * MOST_DIFFERENCE, "those that left did something"
         assert torch.equal(full(tokens()).logits, logits), "no mask is left behind"
         restore_experts(model, removed)

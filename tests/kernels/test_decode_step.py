@@ -14,7 +14,8 @@ import torch
 from mfext.config import ModelConfig
 from mfext.model.generate import Sampling
 from mfext.model.moduleformer import ModuleFormer
-from mfext_kernels.decode_step import available, explain, native
+from mfext_kernels import native
+from mfext_kernels.decode_step import SOURCE, available, explain
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-5  # float32: a few hundred roundings of sums of order one
@@ -154,7 +155,7 @@ def test_it_steps_aside_where_it_cannot_be_built(changes: dict[str, str], reason
 def test_builds_at_the_same_time_leave_one_whole_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
     with ThreadPoolExecutor(3) as pool:
-        built = list(pool.map(lambda _: native.build.__wrapped__(), range(3)))
+        built = list(pool.map(lambda _: native.build.__wrapped__(SOURCE), range(3)))
     assert all(each.loaded is not None for each in built)
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
 
@@ -163,5 +164,5 @@ def test_a_folder_others_can_write_is_not_trusted(tmp_path: Path, monkeypatch: p
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels").chmod(0o777)
     monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
-    built = native.build.__wrapped__()
+    built = native.build.__wrapped__(SOURCE)
     assert built.loaded is None and "written by others" in built.reason

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfext_kernels.stickbreaking import cpu, stickbreaking_attention, stickbreaking_decode
+from mfext_kernels.stickbreaking import blocks, cpu, stickbreaking_attention, stickbreaking_decode
 from mfext_kernels.stickbreaking.reference import stickbreaking_weights
 from tests.kernels.comparison import assert_same, forward_and_gradients, relative_tolerance
 
@@ -56,6 +56,17 @@ def test_queries_after_a_cache_see_the_keys_before_them(length: int, keys: int, 
     inputs = queries_keys_values(2, length, keys, dtype)
     compare(inputs, None)
     compare(inputs, torch.randint(0, keys, (2, length)))
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks and tiles of few numbers."""
+    for module, name, value in (
+        (blocks, "QUERIES", 2),
+        (blocks, "TILE", 3),
+        (cpu, "TILE", 3),
+        (blocks, "ELEMENTS", 20),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
 def packed_starts(batch: int, length: int) -> Tensor:
@@ -130,9 +141,7 @@ def test_gradcheck_in_float64(backend: str, starts: Tensor | None) -> None:
 
 
 def test_gradcheck_over_several_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "QUERIES", 2)
-    monkeypatch.setattr(cpu, "TILE", 3)
-    monkeypatch.setattr(cpu, "ELEMENTS", 20)
+    small_blocks(monkeypatch)
     inputs = [
         tensor[..., :2, :1].contiguous().requires_grad_() for tensor in queries_keys_values(2, 5, 8, torch.float64)
     ]

@@ -13,12 +13,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mfext_kernels.decode_step.native import build
+from mfext_kernels.native import build
 
+SOURCE = Path(__file__).with_name("decode_step.c")
 MOST_CHOSEN = 64
 
 
@@ -78,12 +80,12 @@ class _Shape(ctypes.Structure):
 
 def available() -> bool:
     """Whether the compiled step can be used here."""
-    return build().loaded is not None
+    return build(SOURCE).loaded is not None
 
 
 def explain() -> str:
     """What it was built with, or why it was not."""
-    return build().reason
+    return build(SOURCE).reason
 
 
 class DecodeStep:
@@ -93,7 +95,7 @@ class DecodeStep:
     """
 
     def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
-        library = build().loaded
+        library = build(SOURCE).loaded
         assert library is not None, "ask available() first"
         first = layers[0]
         _, _, heads, capacity, width = first.keys_values.shape
@@ -110,6 +112,7 @@ class DecodeStep:
         experts = max(site.enter.shape[0] for layer in layers for site in (layer.attention, layer.feedforward))
         self._scratch = torch.empty(shape.d_model + shape.d_router + experts + 2 * widest)
         self._function = library.mfext_decode_step
+        self._function.restype = None
         self._function.argtypes = (
             ctypes.c_void_p,
             ctypes.c_void_p,

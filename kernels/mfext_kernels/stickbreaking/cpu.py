@@ -14,18 +14,19 @@ folded onto the shared keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfext_kernels.autograd import applied
+from mfext_kernels.stickbreaking import compiled_sticks
+from mfext_kernels.stickbreaking.blocks import TILE, Block, Gradients, Operands, Plan
+from mfext_kernels.stickbreaking.compiled_sticks import CompiledSticks
+from mfext_kernels.stickbreaking.torch_sticks import TorchSticks
 
-QUERIES = 64  # per block
-TILE = 256  # keys a block takes at a time before it asks whether any stick is left
-ELEMENTS = 1 << 18  # of one score block: 1 MiB in fp32, what a core's second-level cache holds
+Sticks = TorchSticks | CompiledSticks
 
 
 def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
@@ -85,7 +86,7 @@ class _Stickbreaking(torch.autograd.Function):
     def forward(ctx: Any, q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
         with torch.autocast(q_BTKHC.device.type, enabled=False):
             folded = _fold_queries(q_BTKHC).mul_(-(q_BTKHC.shape[-1] ** -0.5)), _fold_keys(k_BSHC), _fold_keys(v_BSHC)
-            plan = _Plan.make(q_BTKHC, k_BSHC, starts_BT)
+            plan = Plan.make(q_BTKHC, k_BSHC, starts_BT)
             out, blocks = _forward(*folded, plan)
         ctx.save_for_backward(*folded)
         ctx.plan, ctx.blocks, ctx.dtype = plan, blocks, q_BTKHC.dtype
@@ -93,7 +94,7 @@ class _Stickbreaking(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BTKHC: Tensor) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         with torch.autocast(grad_BTKHC.device.type, enabled=False):
             queries, keys, values = ctx.saved_tensors
             grads_q, grads_k, grads_v = _backward((queries, keys, values), _fold_queries(grad_BTKHC), plan, ctx.blocks)
@@ -106,201 +107,45 @@ class _Stickbreaking(torch.autograd.Function):
         )
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Queries [first, last) of the (batch, head) pairs [pair, pair_end), and their reversed keys from `newest` on.
-
-    Where `starts` is given, keys from number `masked_from` of the block on may lie before a query's start.
-    """
-
-    pair: int
-    pair_end: int
-    first: int
-    last: int
-    newest: int
-    num_keys: int
-    masked_from: int
-    starts: Tensor | None
-
-    @property
-    def pairs(self) -> slice:
-        return slice(self.pair, self.pair_end)
-
-    def keys(self, first: int, last: int) -> slice:
-        return slice(self.newest + first, self.newest + last)
+def _sticks(like: Tensor, plan: Plan, num_keys: int, forward: bool) -> Sticks:
+    kind = CompiledSticks if compiled_sticks.applies(like, plan) else TorchSticks
+    return kind(plan, like, num_keys, forward)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The shape of one call, its starts, and per query block the least and greatest start of each batch row."""
-
-    batch: int
-    length: int
-    chosen: int
-    heads: int
-    width: int
-    num_keys: int
-    starts_BT: Tensor | None
-    least: list[list[int]]
-    greatest: list[list[int]]
-
-    @classmethod
-    def make(cls, q_BTKHC: Tensor, k_BSHC: Tensor, starts_BT: Tensor | None) -> _Plan:
-        least: list[list[int]] = []
-        greatest: list[list[int]] = []
-        if starts_BT is not None:
-            blocks = torch.split(starts_BT.detach().clamp(min=0), QUERIES, dim=1)
-            least = torch.stack([block.amin(1) for block in blocks]).tolist()
-            greatest = torch.stack([block.amax(1) for block in blocks]).tolist()
-            starts_BT = starts_BT if any(start for block in greatest for start in block) else None
-        batch, length, chosen, heads, width = q_BTKHC.shape
-        return cls(batch, length, chosen, heads, width, k_BSHC.shape[1], starts_BT, least, greatest)
-
-    def blocks(self) -> Iterator[_Block]:
-        """Every block of work, small enough to stay in cache; with starts a block stays inside one batch row."""
-        group = self.heads if self.starts_BT is not None else self.batch * self.heads
-        for group_first in range(0, self.batch * self.heads, group):
-            row = group_first // self.heads
-            for number, first in enumerate(range(0, self.length, QUERIES)):
-                last = min(first + QUERIES, self.length)
-                newest = self.length - last
-                num_keys, masked_from, starts = self.num_keys - newest, self.num_keys, None
-                if self.starts_BT is not None:
-                    masked_from = max(0, num_keys - self.greatest[number][row])
-                    num_keys -= self.least[number][row]
-                    if masked_from < num_keys:
-                        starts = self.starts_BT[row, first:last]
-                if num_keys <= 0:
-                    continue
-                step = self.pairs_at_once(last - first, min(num_keys, TILE))
-                for pair in range(group_first, group_first + group, step):
-                    end = min(pair + step, group_first + group)
-                    yield _Block(pair, end, first, last, newest, num_keys, masked_from, starts)
-
-    def pairs_at_once(self, num_queries: int, num_keys: int) -> int:
-        """How many (batch, head) pairs' scores fit one buffer."""
-        return max(1, ELEMENTS // (num_queries * self.chosen * num_keys))
-
-    def rows(self, block: _Block) -> slice:
-        """The block's rows among all T*K of a pair."""
-        return slice(block.first * self.chosen, block.last * self.chosen)
-
-    def scratch(self, like: Tensor, num_keys: int) -> list[Tensor]:
-        """Flat buffers for the largest block; reused, since fresh pages cost more than the arithmetic."""
-        size = min(QUERIES, self.length) * self.chosen * num_keys
-        most = max(size, min(ELEMENTS, size * self.batch * self.heads))
-        return [like.new_empty(most) for _ in range(3)]
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, list[_Block]]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, list[Block]]:
     """Output rows, and the blocks of work with the number of keys each really met."""
     out = torch.zeros_like(q)
-    buffers = plan.scratch(q, min(TILE, plan.num_keys))
+    sticks = _sticks(q, plan, min(TILE, plan.num_keys), forward=True)
     done = []
     for block in plan.blocks():
-        queries, out_rows = q[block.pairs, plan.rows(block)], out[block.pairs, plan.rows(block)]
-        ahead = _ahead(block, q)
-        left_before, first = None, 0
+        left, first = None, 0
         while first < block.num_keys:
             last = min(first + TILE, block.num_keys)
-            left, stick, weights = _views(buffers, queries, last - first)
             keys = block.keys(first, last)
-            torch.bmm(queries, k[block.pairs, keys].transpose(1, 2), out=left)
-            _mask(left, block, plan, ahead, first)
-            _break_stick(left.sigmoid_(), stick, weights, left_before)
-            if first == 0:
-                torch.bmm(weights, v[block.pairs, keys], out=out_rows)
-            else:
-                out_rows.baddbmm_(weights, v[block.pairs, keys])
+            tile = Operands(q[block.pairs, plan.rows(block)], k[block.pairs, keys], v[block.pairs, keys])
+            left = sticks.attend(block, first, tile, out[block.pairs, plan.rows(block)], left)
             first = last
-            if first < block.num_keys:
-                left_before = stick[..., -1].clone()
-                if float(left_before.amax()) < torch.finfo(q.dtype).tiny:
-                    break
+            if first < block.num_keys and float(left.amax()) < torch.finfo(q.dtype).tiny:
+                break
         done.append(replace(block, num_keys=first))
     return out, done
 
 
 def _backward(
-    folded: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, plan: _Plan, blocks: list[_Block]
+    folded: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, plan: Plan, blocks: list[Block]
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = folded
     grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    buffers = plan.scratch(q, max((block.num_keys for block in blocks), default=0))
+    sticks = _sticks(q, plan, max((block.num_keys for block in blocks), default=0), forward=False)
     for whole in blocks:
-        ahead = _ahead(whole, q)
         step = plan.pairs_at_once(whole.last - whole.first, whole.num_keys)
         for pair in range(whole.pair, whole.pair_end, step):
             block = replace(whole, pair=pair, pair_end=min(pair + step, whole.pair_end))
             at_rows = (block.pairs, plan.rows(block))
             at_keys = (block.pairs, block.keys(0, block.num_keys))
-            queries, grads, keys, values = q[at_rows], grad_out[at_rows], k[at_keys], v[at_keys]
-            left, total, grad = _views(buffers, queries, block.num_keys)
-            torch.bmm(queries, keys.transpose(1, 2), out=left)
-            _mask(left, block, plan, ahead, 0)
-            _break_stick(left.sigmoid_(), total, grad, None)
-            grad_v[at_keys].baddbmm_(grad.transpose(1, 2), grads)
-            torch.bmm(grads, values.transpose(1, 2), out=total)
-            grad.mul_(total)  # g
-            torch.cumsum(grad, -1, out=total)
-            total.sub_(total[..., -1:].clone())  # minus the sum of g over strictly older keys
-            grad.sub_(total)  # the sum over j <= m of g_j
-            total.addcmul_(left, grad)  # dl = p * sum - older sum, the same as g - sigmoid(l) * sum
-            torch.bmm(total, keys, out=grad_q[at_rows])
-            grad_k[at_keys].baddbmm_(total.transpose(1, 2), queries, alpha=-1)
+            operands = Operands(q[at_rows], k[at_keys], v[at_keys], grad_out[at_rows])
+            sticks.differentiate(block, operands, Gradients(grad_q[at_rows], grad_k[at_keys], grad_v[at_keys]))
     return grad_q, grad_k, grad_v
-
-
-def _ahead(block: _Block, like: Tensor) -> Tensor:
-    """Infinity where a block's newest keys (reversed) lie ahead of a query, else 0, shaped (queries, 1, keys)."""
-    num_queries = block.last - block.first
-    ahead = like.new_full((num_queries, num_queries), float("inf")).triu_(1)
-    return ahead.flip(1).unsqueeze(1)
-
-
-def _mask(logits: Tensor, block: _Block, plan: _Plan, ahead: Tensor, first: int) -> None:
-    """Make -l infinite, and so p = 1, where a key is invisible; column 0 is the block's key number `first`.
-
-    Adding infinity takes a quarter of masked_fill_'s time: a broadcast mask is walked one element at a time there.
-    """
-    num_queries, num_keys = block.last - block.first, logits.shape[-1]
-    by_query = logits.view(logits.shape[0], num_queries, plan.chosen, num_keys)
-    if first < num_queries:
-        newest = ahead[..., first : first + num_keys]
-        by_query[..., : newest.shape[-1]].add_(newest)
-    skipped = max(0, block.masked_from - first)
-    if block.starts is not None and skipped < num_keys:
-        newest_key = plan.num_keys - 1 - block.newest - first
-        keys = torch.arange(newest_key - skipped, newest_key - num_keys, -1, device=logits.device)
-        before = (keys < block.starts.unsqueeze(1)).unsqueeze(1)
-        by_query[..., skipped:].add_(logits.new_zeros(before.shape).masked_fill_(before, float("inf")))
-
-
-def _break_stick(left: Tensor, stick: Tensor, weights: Tensor, left_before: Tensor | None) -> None:
-    """From p fill the stick left c and the weights a_r = c_{r-1} - c_r; c_{-1} is 1 or what newer tiles left.
-
-    A stick below tiny / eps^2 (8e-25 in fp32) counts as used up. By then the weights sum to 1 to far more digits than
-    the type has, and what follows would be arithmetic on subnormal numbers, many times slower on some processors.
-    """
-    numbers = torch.finfo(stick.dtype)
-    used_up = numbers.tiny / numbers.eps**2
-    if left_before is None:
-        torch.cumprod(left, -1, out=stick)
-        torch.threshold_(stick, used_up, 0.0)
-        weights[..., 0] = 1.0 - stick[..., 0]
-    else:
-        left[..., 0] *= left_before
-        torch.cumprod(left, -1, out=stick)
-        torch.threshold_(stick, used_up, 0.0)
-        weights[..., 0] = left_before - stick[..., 0]
-    torch.sub(stick[..., :-1], stick[..., 1:], out=weights[..., 1:])
-
-
-def _views(buffers: list[Tensor], queries: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (queries.shape[0], queries.shape[1], num_keys)
-    size = shape[0] * shape[1] * shape[2]
-    left, second, third = (buffer[:size].view(shape) for buffer in buffers)
-    return left, second, third
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -320,9 +165,9 @@ def _fold_keys(k_BSHC: Tensor) -> Tensor:
     return folded.reshape(-1, *folded.shape[2:]).contiguous()
 
 
-def _unfold_queries(rows: Tensor, plan: _Plan) -> Tensor:
+def _unfold_queries(rows: Tensor, plan: Plan) -> Tensor:
     return rows.view(plan.batch, plan.heads, plan.length, plan.chosen, plan.width).permute(0, 2, 3, 1, 4).contiguous()
 
 
-def _unfold_keys(rows: Tensor, plan: _Plan) -> Tensor:
+def _unfold_keys(rows: Tensor, plan: Plan) -> Tensor:
     return rows.view(plan.batch, plan.heads, plan.num_keys, plan.width).transpose(1, 2).flip(1)

@@ -1,6 +1,6 @@
-"""Builds decode_step.c with the system's C compiler at first use, and keeps the result beside other caches.
+"""Builds an op's C source with the system's compiler at first use, and keeps the result beside other caches.
 
-Optional: where there is no compiler, or MFEXT_NATIVE=0, `build().loaded` is None and `explain()` says why.
+Optional: where there is no compiler, or MFEXT_NATIVE=0, `build(source).loaded` is None and `.reason` says why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("decode_step.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-std=c99", "-shared", "-fPIC")
 BUILD_WITHIN_S = 60
 
@@ -30,7 +29,7 @@ class Build:
 
 
 @functools.cache
-def build() -> Build:
+def build(source: Path) -> Build:
     """Compile (once per source, compiler and processor) and load; never raises."""
     if os.environ.get("MFEXT_NATIVE") == "0":
         return Build(None, "switched off by MFEXT_NATIVE=0")
@@ -40,12 +39,10 @@ def build() -> Build:
     if compiler is None:
         return Build(None, "no C compiler (cc, gcc or clang)")
     try:
-        path = _folder() / f"decode_step-{_identity(compiler)}.so"
+        path = _folder() / f"{source.stem}-{_identity(source, compiler)}.so"
         if not path.is_file():
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-        library.mfext_decode_step.restype = None
-        return Build(library, f"built with {Path(compiler).name}")
+            _compile(source, compiler, path)
+        return Build(ctypes.CDLL(str(path)), f"built with {Path(compiler).name}")
     except (OSError, subprocess.SubprocessError) as error:
         return Build(None, f"{Path(compiler).name} could not build it: {' '.join(str(error).split())[:200]}")
 
@@ -64,7 +61,7 @@ def _folder() -> Path:
     return folder
 
 
-def _identity(compiler: str) -> str:
+def _identity(source: Path, compiler: str) -> str:
     """What the machine code depends on: source, compiler, flags, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_WITHIN_S).stdout
     processor = platform.machine() + platform.processor()
@@ -73,16 +70,16 @@ def _identity(compiler: str) -> str:
         processor += next(
             (line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), ""
         )
-    parts = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), processor.encode())
+    parts = (source.read_bytes(), version, " ".join(FLAGS).encode(), processor.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(source: Path, compiler: str, path: Path) -> None:
     """Into a temporary file, then renamed: processes that build at once do not meet half a library."""
     descriptor, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(descriptor)
     try:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", temporary, "-lm"]
+        command = [compiler, *FLAGS, str(source), "-o", temporary, "-lm"]
         subprocess.run(command, capture_output=True, check=True, timeout=BUILD_WITHIN_S)
         os.replace(temporary, path)
     finally:
