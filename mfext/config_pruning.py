@@ -26,6 +26,8 @@ class PruningConfig:
 
     `max_loss_increase` (0.01 is 1 %) asks for the smallest model within it, in place of `keep` and `target`;
     `heal_tokens` is what the pruned model then trains on.
+
+    `drop_generations` asks for something else: the generations named leave whole, and no other expert does.
     """
 
     criterion: PruningCriterion = "contribution"
@@ -41,6 +43,7 @@ class PruningConfig:
     ablation_windows: int = 32
     curve: tuple[float, ...] = (0.75, 0.5, 0.375, 0.25, 0.125)
     curve_criteria: tuple[PruningCriterion, ...] = ("contribution", "gate_mass", "usage", "ablation", "random")
+    drop_generations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -56,3 +59,6 @@ class PruningConfig:
         require_at_least(0, self, "heal_tokens")
         require_at_least(1, self, "sample_bytes", "ablation_windows")
         require(self, "curve", all(0 < keep < 1 for keep in self.curve), "shares between 0 and 1")
+        shares = self.keep != PruningConfig.keep or self.unit != "share" or self.max_loss_increase is not None
+        alone = "given without keep, target and max_loss_increase: those choose single experts, these leave whole"
+        require(self, "drop_generations", not (self.drop_generations and shares), alone)

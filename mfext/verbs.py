@@ -140,6 +140,7 @@ VERBS = (
             Flag(
                 "--max-loss-increase", "pruning.max_loss_increase", "number", "the fewest within it; 0.01 is 1 %", "X"
             ),
+            Flag("--drop-generation", "pruning.drop_generations", "list", "remove these whole, nothing else", "A,B"),
             Flag("--method", "method", "group", "fine-tune first: full, concentrate, ...; frozen does not", "NAME"),
             _TOKENIZER,
             *_RECIPE,
@@ -149,7 +150,7 @@ VERBS = (
         "restore",
         "mfext.commands.restore",
         "RestoreRequest",
-        "put the experts a pruning removed back in their places, bit for bit",
+        "put the experts or generations a pruning removed back in their places, bit for bit",
         "mfext restore runs/prune-code --out whole",
         (
             Flag("--model", "model", "text", "the pruned model, grown since or not; else the run's own", "DIR"),

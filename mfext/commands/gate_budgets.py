@@ -25,7 +25,8 @@ def gate_budgets(config: ModelConfig, metadata: Json, measured: Mapping[str, Jso
 
 
 def _of_gate(index: int, name: str, lineage: Sequence[Json], measured: Mapping[str, Json]) -> dict[str, object]:
-    place = next((number for number, each in enumerate(lineage) if text(each, "name") == name), None)
+    # The last of that name: an earlier generation may have been dropped and grown anew.
+    place = max((number for number, each in enumerate(lineage) if text(each, "name") == name), default=None)
     entry: Json = {} if place is None else lineage[place]
     budget = number(entry, "gate", "max_false_open")
     own = _domains(entry) or (name,)

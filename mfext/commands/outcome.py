@@ -13,7 +13,7 @@ from mfext.commands.proofs import read_proof
 from mfext.commands.run_metrics import run_metrics
 from mfext.commands.setting import records_of
 from mfext.config import ModelConfig, Recipe
-from mfext.conversion import from_mapping
+from mfext.conversion import from_mapping, to_mapping
 from mfext.errors import InputError
 from mfext.growth.plan import count_parameters
 from mfext.metrics.bootstrap import Interval, PairedDocuments, mean_interval, pair_rows, paired_interval
@@ -29,6 +29,8 @@ from mfext.store import FORMAT_KEYS, MODEL_TYPE, Run, Stage, read_json_object
 
 RANDOM_STAGE = "random"
 """What course.py calls stage 0 where it is the weights that pretraining started from."""
+MENDED = ("prune", "healed")
+"""Verb and stage that train a model again on what pruning took from it: no lesson, where the domain was known."""
 
 
 def verb_of(opened: Run) -> str:
@@ -58,7 +60,8 @@ def run_data(opened: Run, recipe: Recipe, verb: str) -> dict[str, object]:
     """
     stages, ledger = measured_stages(opened), _main_ledger(opened)
     last, base_domains = stages[-1], [each.name for each in records_of(stages[0].manifest.metadata)]
-    learned = _learned_stages(stages, base_domains, recipe.method)
+    rehearsing = [stage.name for stage in stages[1:] if recipe.method == "joint" or (verb, stage.name) == MENDED]
+    learned = _learned_stages(stages, base_domains, rehearsing)
     bystanders = list(dict.fromkeys(row.domain for row in ledger if row.domain not in (*base_domains, *learned)))
     measured_base = [name for name in base_domains if ledger.at(0, name, recipe.evaluation.split) is not None]
     matrix = TransferMatrix.from_ledger(ledger, measured_base, learned, bystanders, recipe.evaluation.split)
@@ -101,13 +104,15 @@ def _num_stages(recipe: Recipe, verb: str) -> int:
     return start + 1 + (1 if recipe.method == "joint" else len(recipe.domains) - start)
 
 
-def _learned_stages(stages: Sequence[Stage], base_domains: Sequence[str], method: str) -> dict[str, list[int]]:
-    """The stages that learned each domain, in order. What `joint` rehearses stays where it was."""
+def _learned_stages(
+    stages: Sequence[Stage], base_domains: Sequence[str], rehearsing: Sequence[str]
+) -> dict[str, list[int]]:
+    """The stages that learned each domain, in order. What a stage of `rehearsing` meets again stays where it was."""
     learned: dict[str, list[int]] = {}
     for stage in stages[1:]:
         named = _lineage_entry(stage).get("domains")
         for name in named if isinstance(named, list) else ():
-            if method != "joint" or name not in (*base_domains, *learned):
+            if stage.name not in rehearsing or name not in (*base_domains, *learned):
                 learned.setdefault(str(name), []).append(stage.index)
     return learned
 
@@ -173,6 +178,7 @@ def _raw(opened: Run, recipe: Recipe) -> dict[str, object]:
     return {
         "curves": {stage.name: _curve(opened.log_folder / f"{stage.index:03d}-{stage.name}") for stage in stages},
         "details": {stage.name: _read(opened.path / f"details-{stage.index:03d}.json") for stage in stages},
+        "generations": [to_mapping(each) for each in stage_config(stages[-1]).generations],
         "lineage": stages[-1].manifest.metadata.get("lineage", []),
         "environment": dict(stages[-1].manifest.environment),
         "facts": {

@@ -2,6 +2,7 @@
 
 base committed -> fine-tuned on the domain, where a method is named -> curve -> plan -> apply, prove, commit
     -> healed, where asked for -> report
+The plan removes the experts the domain needs least, or whole generations by name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mfext.commands.course import commit_base, domain_stem, measure_committed, open_base, run_folder
+from mfext.commands.dropping import commit_dropped, draw_drops
 from mfext.commands.footprint import footprint
 from mfext.commands.learning import learn
 from mfext.commands.measuring import Column, prepare_columns, prepare_within
@@ -25,7 +27,8 @@ from mfext.commands.scene import Lesson, Scene, set_scene
 from mfext.commands.setting import load_domains, prepare_machine
 from mfext.config import ModelConfig, Recipe
 from mfext.domains.domain import Domain
-from mfext.growth.plan import count_parameters
+from mfext.growth.plan import Plan, count_parameters
+from mfext.growth.removal import plan_removal, removed_names
 from mfext.recipe import config_hash
 from mfext.report.planning import plan_report
 from mfext.report.report import Report
@@ -49,7 +52,7 @@ def run(recipe: Recipe, invocation: Invocation = DEFAULT_INVOCATION) -> Report:
     if invocation.dry_run and recipe.base is None:
         return planned(recipe, recipe.default_base.model)
     base = open_base(recipe, out if resume else None, 0, console)
-    plan_by_lot(base.model.config, recipe.pruning, recipe.seed)
+    plan_before(base.model.config, recipe)
     if invocation.dry_run:
         return planned(recipe, base.model.config)
     scene = set_scene(recipe, base, (target,), 0, console)
@@ -71,10 +74,7 @@ def specialise(recipe: Recipe, scene: Scene, base: OpenedModel, where: tuple[Dom
         prove_frozen(work)
         measure_committed(last, recipe.training.steps, (columns, within), recipe, opened, console)
     cutting, full = Cutting(work, last, target, columns), open_model(last.folder)
-    draw_curve(cutting, full)
-    pruned = find_stage(opened, last.index + 1)
-    if pruned is None:
-        pruned = commit_pruned(cutting, full, choose_cuts(cutting, full), last.index + 1)
+    pruned = _shrink(cutting, full, last.index + 1)
     measure_committed(pruned, 0, (columns, within), recipe, opened, console)
     if recipe.pruning.heal_tokens:
         _heal(work, pruned, target, (columns, within))
@@ -82,6 +82,21 @@ def specialise(recipe: Recipe, scene: Scene, base: OpenedModel, where: tuple[Dom
         sizes = {"before": footprint(last.folder), "after": footprint(pruned.folder)}
         opened.write_report_file(FOOTPRINT, json.dumps(sizes))
     return write_reports(opened, prune_report(opened, recipe), recipe.seed, config_hash(recipe))
+
+
+def _shrink(cutting: Cutting, full: OpenedModel, index: int) -> Stage:
+    """The curve, and the smaller model committed, as far as they are missing."""
+    dropping, scores = bool(cutting.recipe.pruning.drop_generations), None
+    if dropping:
+        draw_drops(cutting, full)
+    else:
+        scores = draw_curve(cutting, full)
+    pruned = find_stage(cutting.opened, index)
+    if pruned is not None:
+        return pruned
+    if dropping:
+        return commit_dropped(cutting, full, index)
+    return commit_pruned(cutting, full, choose_cuts(cutting, full, scores), index)
 
 
 def _heal(work: Work, pruned: Stage, target: Domain, columns: tuple[Sequence[Column], Sequence[Column]]) -> None:
@@ -93,9 +108,19 @@ def _heal(work: Work, pruned: Stage, target: Domain, columns: tuple[Sequence[Col
     measure_committed(healed, training.steps, columns, recipe, work.opened, work.console)
 
 
+def plan_before(config: ModelConfig, recipe: Recipe) -> Plan:
+    """What would leave, as far as it is known before anything is measured. Raises what the run would."""
+    settings = recipe.pruning
+    if settings.drop_generations:
+        return plan_removal(config, settings.drop_generations)
+    return plan_by_lot(config, settings, recipe.seed)
+
+
 def planned(recipe: Recipe, config: ModelConfig) -> Report:
     """The dry run: how many experts and parameters would leave, and what the run would train."""
-    plan = plan_by_lot(config, recipe.pruning, recipe.seed)
+    plan = plan_before(config, recipe)
+    names = removed_names(plan)
+    chosen = f"nothing: {', '.join(names)} leave whole" if names else f"nothing: {recipe.pruning.criterion} decides"
     before, after = count_parameters(config), count_parameters(plan.after)
     tuned = recipe.training.steps if recipe.method != "frozen" else 0
     step = recipe.training.batch_size * recipe.training.sequence_length
@@ -103,7 +128,7 @@ def planned(recipe: Recipe, config: ModelConfig) -> Report:
     data: dict[str, object] = {
         "dry_run": True,
         "method": recipe.method,
-        "stages": [{"name": PRUNED, "trains": f"nothing: {recipe.pruning.criterion} decides", "trainable": 0}],
+        "stages": [{"name": PRUNED, "trains": chosen, "trainable": 0}],
         "plan": {"operations": plan.operations_json()},
         "params": {
             "total": after.total,

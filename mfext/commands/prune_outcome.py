@@ -9,7 +9,7 @@ from mfext.commands.outcome import run_data, run_extras, stage_config
 from mfext.commands.pruning import PRUNED, read_curve
 from mfext.config import Recipe
 from mfext.errors import InputError
-from mfext.growth.banks import bank_keys, num_experts
+from mfext.growth.banks import total_experts
 from mfext.growth.plan import count_parameters
 from mfext.metrics.bootstrap import pair_rows, paired_interval
 from mfext.metrics.ledger import Ledger, LedgerRow
@@ -20,6 +20,7 @@ from mfext.store import Run, Stage, read_json_object
 
 FOOTPRINT = "footprint.json"
 """What was pruned weighs, before and after: measured once, by the machine that pruned."""
+PROVEN = ("masked_difference", "masked_difference_fp32", "equals_masked", "restores_exactly")
 
 
 def prune_report(opened: Run, recipe: Recipe) -> Report:
@@ -41,8 +42,7 @@ def prune_data(opened: Run, recipe: Recipe) -> dict[str, object]:
     facts = pruned.manifest.metadata["facts"]
     assert isinstance(facts, dict)
     before, after = stage_config(whole), stage_config(pruned)
-    total = sum(num_experts(before, key) for key in bank_keys(before))
-    kept = sum(num_experts(after, key) for key in bank_keys(after))
+    total, kept = total_experts(before), total_experts(after)
     sizes = read_json_object(opened.path / FOOTPRINT) if (opened.path / FOOTPRINT).is_file() else {}
     return {
         **run_data(opened, recipe, "prune"),
@@ -57,10 +57,8 @@ def prune_data(opened: Run, recipe: Recipe) -> dict[str, object]:
         "params_after": count_parameters(after).total,
         "before": sizes.get("before"),
         "after": sizes.get("after"),
-        **{
-            key: facts[key]
-            for key in ("masked_difference", "masked_difference_fp32", "equals_masked", "restores_exactly")
-        },
+        **{key: facts.get(key) for key in PROVEN},
+        **{key: facts[key] for key in ("dropped", "earlier_sha256", "equals_earlier") if "dropped" in facts},
     }
 
 
@@ -81,7 +79,8 @@ def _curve(opened: Run, whole: Stage, recipe: Recipe) -> list[dict[str, object]]
 
 
 def _point(point: Mapping[str, object], full: Mapping[str, LedgerRow], recipe: Recipe) -> dict[str, object]:
-    shown = {key: point[key] for key in ("criterion", "keep", "params", "tokens_per_s", "reason") if key in point}
+    kept = ("criterion", "keep", "dropped", "params", "tokens_per_s", "reason")
+    shown = {key: point[key] for key in kept if key in point}
     raw = point["rows"]
     rows = Ledger.from_json(raw if isinstance(raw, Sequence) else ())
     losses = {row.domain: row.nats_per_byte for row in rows}

@@ -15,7 +15,7 @@ def pruning_of(runs: Runs, full: Runs) -> dict[str, object]:
     """`curve`, and for each of the stages pruned and healed its loss on the target against the model pruned
     (`against_whole`) and, over the seeds both ran, against that of `full` (`against_full`); empty where none pruned.
 
-    Shares: 0.01 is 1 % worse.
+    Shares: 0.01 is 1 % worse. `kept` is the share of the experts left, that and the counts means over seeds.
     """
     if not any("curve" in run for run in runs.values()):
         return {}
@@ -27,7 +27,11 @@ def pruning_of(runs: Runs, full: Runs) -> dict[str, object]:
                 "against_whole": _above(own, {seed: _loss_before(run) for seed, run in runs.items()}).to_json(),
                 "against_full": _above(own, {seed: _loss_before(run) for seed, run in full.items()}).to_json(),
             }
-    return {"curve": _curve(runs), "costs": costs, "target": text(next(iter(runs.values())), "target")}
+    first, counts = next(iter(runs.values())), ("kept", "experts", "params_before", "params_after")
+    means = {key: mean_over_seeds({seed: number_at(run, key) for seed, run in runs.items()}).estimate for key in counts}
+    kept = None if means["kept"] is None or not means["experts"] else means["kept"] / means["experts"]
+    named = {key: text(first, key) for key in ("target", "criterion")}
+    return {"curve": _curve(runs), "costs": costs, **named, **means, "kept": kept}
 
 
 def _above(losses: Mapping[int, float | None], reference: Mapping[int, float | None]) -> SeedInterval:

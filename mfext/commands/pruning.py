@@ -9,22 +9,24 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from mfext import __version__
 from mfext.commands.growing import new_windows
 from mfext.commands.measuring import Column, Moment, measure
 from mfext.commands.models import OpenedModel, model_tensors
 from mfext.commands.preparing import Work, text_of
-from mfext.commands.setting import lineage_with
+from mfext.commands.setting import lineage_with, records_of
 from mfext.commands.usage import usage_of
 from mfext.config import ModelConfig, Recipe
 from mfext.config_pruning import PruningConfig, PruningCriterion
 from mfext.conversion import to_mapping
 from mfext.domains.domain import Domain
 from mfext.errors import InputError
-from mfext.growth.banks import bank_keys, num_experts, softmax_banks
+from mfext.growth.banks import bank_keys, num_experts, softmax_banks, total_experts
 from mfext.growth.growable import growable
 from mfext.growth.masking import MOST_DIFFERENCE, ablation_scores, prove_pruning
 from mfext.growth.plan import Plan, count_parameters
@@ -41,6 +43,7 @@ from mfext.growth.pruning import (
 from mfext.metrics.ledger import LedgerRow
 from mfext.metrics.usage import scores as usage_scores
 from mfext.model.moduleformer import ModuleFormer
+from mfext.report.quantities import percent, plural
 from mfext.report.terminal import Console
 from mfext.store import Run, Stage, model_hash, read_json_object, save_model
 
@@ -83,7 +86,7 @@ def scores_of(cutting: Cutting, criterion: PruningCriterion, full: OpenedModel) 
     if criterion == "random":
         return random_scores(model.config, cutting.recipe.seed)
     if criterion == "ablation":
-        cutting.console.say("ablation: the loss without each expert alone")
+        cutting.console.say(f"ablation: the loss without each of {total_experts(model.config)} experts alone")
         return ablation_scores(model, cutting.windows(settings.ablation_windows))
     recipe, target = cutting.recipe, cutting.target
     sample = replace(recipe.evaluation, max_bytes=settings.sample_bytes)
@@ -95,16 +98,22 @@ def scores_of(cutting: Cutting, criterion: PruningCriterion, full: OpenedModel) 
     return {**unreached, **usage_scores(usage, criterion)}
 
 
-def draw_curve(cutting: Cutting, full: OpenedModel) -> None:
-    """Every criterion at every share kept: smaller models, measured on every column. What curve.json holds stays."""
+def draw_curve(cutting: Cutting, full: OpenedModel) -> Scores | None:
+    """Every criterion at every share kept: smaller models, measured on every column. What curve.json holds stays.
+
+    Returns the scores of the criterion that chooses for good, where the curve needed them.
+    """
     settings, points = cutting.recipe.pruning, read_curve(cutting.opened)
     done = {(point["criterion"], point["keep"]) for point in points}
+    chosen: Scores | None = None
     for criterion in settings.curve_criteria:
         wanted = [keep for keep in settings.curve if (criterion, keep) not in done]
         scores = scores_of(cutting, criterion, full) if wanted else {}
+        chosen = scores if wanted and criterion == settings.criterion else chosen
         for keep in wanted:
             points = [*points, _point(cutting, full, replace(settings, criterion=criterion, keep=keep), scores)]
             cutting.opened.write_report_file(CURVE, json.dumps({"points": points}))
+    return chosen
 
 
 def read_curve(opened: Run) -> list[dict[str, object]]:
@@ -125,15 +134,20 @@ def _point(cutting: Cutting, full: OpenedModel, settings: PruningConfig, scores:
     plan = plan_pruning(model.config, scores, shared)
     smaller = copy.deepcopy(model)
     apply_pruning(smaller, plan)
+    said = f"{settings.criterion}: {percent(settings.keep, 1)} kept"
+    return change_point(cutting, smaller, {**point, "cuts": cuts_json(plan)}, said)
+
+
+def change_point(cutting: Cutting, smaller: ModuleFormer, point: Mapping[str, object], said: str) -> dict[str, object]:
+    """A point of the curve: what `point` says of the smaller model, its size, speed and ledger rows."""
     begun = time.process_time()
     rows = measure_columns(cutting, smaller, cutting.columns)
     spent_s = time.process_time() - begun
-    cutting.console.say(f"{settings.criterion}: {settings.keep:.1%} kept, {_losses(rows)}")
+    cutting.console.say(f"{said}, {_losses(rows, cutting.target.name)}")
     return {
         **point,
-        "params": count_parameters(plan.after).total,
+        "params": count_parameters(smaller.config).total,
         "tokens_per_s": sum(row.tokens for row in rows) / max(spent_s, 1e-9),
-        "cuts": cuts_json(plan),
         "rows": [row.to_json() for row in rows],
     }
 
@@ -152,8 +166,12 @@ def measure_columns(cutting: Cutting, model: ModuleFormer, columns: Sequence[Col
     return measure(model, columns, moment, cutting.recipe.evaluation, lambda line: None)[0]
 
 
-def _losses(rows: Sequence[LedgerRow]) -> str:
-    return ", ".join(f"{row.domain} {row.bits_per_byte or 0:.3f}" for row in rows[:4]) + " bits per byte"
+def _losses(rows: Sequence[LedgerRow], target: str) -> str:
+    """The target's loss, and the mean of all other domains'."""
+    own = ", ".join(f"{row.domain} {row.bits_per_byte or 0:.3f}" for row in rows if row.domain == target)
+    others = [row.bits_per_byte or 0.0 for row in rows if row.domain != target]
+    mean = f", mean of {plural(len(others), 'other')} {sum(others) / len(others):.3f}" if others else ""
+    return f"{own} bits per byte{mean}"
 
 
 def cuts_json(plan: Plan) -> list[dict[str, object]]:
@@ -164,13 +182,14 @@ def cuts_json(plan: Plan) -> list[dict[str, object]]:
     ]
 
 
-def choose_cuts(cutting: Cutting, full: OpenedModel) -> Plan:
+def choose_cuts(cutting: Cutting, full: OpenedModel, scores: Scores | None = None) -> Plan:
     """The plan asked for: by `keep` or `target`, or the fewest experts within `max_loss_increase` on the target.
 
-    That search halves the span of counts, as if the loss rose with every expert that leaves.
+    That search halves the span of counts, as if the loss rose with every expert that leaves. `scores` None measures
+    them.
     """
     settings, model = cutting.recipe.pruning, growable(full.model)
-    scores = scores_of(cutting, settings.criterion, full)
+    scores = scores_of(cutting, settings.criterion, full) if scores is None else scores
     if settings.max_loss_increase is None:
         return plan_pruning(model.config, scores, settings)
     own = [column for column in cutting.columns if column.domain == cutting.target.name]
@@ -200,39 +219,70 @@ def _loss(rows: Sequence[LedgerRow]) -> float:
 
 def commit_pruned(cutting: Cutting, full: OpenedModel, plan: Plan, index: int) -> Stage:
     """Apply `plan` to a copy, prove it, and commit the smaller model; what left goes to the run's folder `removed`."""
-    model, before = growable(full.model), model_hash(model_tensors(full.model))
+    model = growable(full.model)
     smaller = copy.deepcopy(model)
     removed = apply_pruning(smaller, plan)
-    probe = cutting.windows(PROBED)
-    # In float64: what is proven is that nothing else changed, not how float32 sums round at this size of logits.
-    exact = copy.deepcopy(model).double(), copy.deepcopy(smaller).double()
-    difference = prove_pruning(*exact, plan, probe.input_ids, probe.document_starts)
-    rounded = prove_pruning(model, smaller, plan, probe.input_ids, probe.document_starts)
-    tensors = model_tensors(smaller)
     again = copy.deepcopy(smaller)
     restore_experts(again, removed)
-    facts: dict[str, object] = {
+    facts = {"criterion": cutting.recipe.pruning.criterion, "cuts": cuts_json(plan)}
+    domains = [each.to_json() for each in records_of(cutting.origin.manifest.metadata)]
+    change = Change(plan, smaller, again, removed.to_parts(), prove_pruning, domains)
+    return commit_change(cutting, full, change, facts, index)
+
+
+Proof = Callable[[ModuleFormer, ModuleFormer, Plan, Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a plan made of a model: the smaller one, that one with everything put back, what left (tensors and facts),
+    what shows that nothing else changed (the largest difference of a logit on ids and document starts), and the
+    domains that the smaller one has learned."""
+
+    plan: Plan
+    smaller: ModuleFormer
+    restored: ModuleFormer
+    removed: tuple[dict[str, Tensor], dict[str, object]]
+    prove: Proof
+    domains: Sequence[Mapping[str, str]]
+
+
+def commit_change(
+    cutting: Cutting, full: OpenedModel, change: Change, facts: Mapping[str, object], index: int
+) -> Stage:
+    """Prove a change and commit the smaller model, what left beside it; `facts` go to its lineage."""
+    model, before, smaller = growable(full.model), model_hash(model_tensors(full.model)), change.smaller
+    probe = cutting.windows(PROBED)
+    text = probe.input_ids, probe.document_starts
+    # In float64: what is proven is that nothing else changed, not how float32 sums round at this size of logits.
+    difference = change.prove(copy.deepcopy(model).double(), copy.deepcopy(smaller).double(), change.plan, *text)
+    rounded = change.prove(model, smaller, change.plan, *text)
+    tensors, restored = model_tensors(smaller), change.restored
+    complete: dict[str, object] = {
         "method": "prune",
-        "criterion": cutting.recipe.pruning.criterion,
         "target": cutting.target.name,
-        "cuts": cuts_json(plan),
+        **facts,
         "masked_difference": difference,
         "masked_difference_fp32": rounded,
         "equals_masked": difference <= MOST_DIFFERENCE,
-        "restores_exactly": model_hash(model_tensors(again)) == before and again.config == model.config,
+        "restores_exactly": model_hash(model_tensors(restored)) == before and restored.config == model.config,
     }
-    out_tensors, out_facts = removed.to_parts()
-    left = {"removed": out_facts, "from_sha256": before, "pruned_sha256": model_hash(tensors)}
-    save_model(out_tensors, to_mapping(plan.before), cutting.opened.path / REMOVED, left)
-    metadata = _metadata(cutting, facts, model_hash(tensors))
+    out_tensors, out_facts = change.removed
+    known = {key: value for key, value in cutting.origin.manifest.metadata.items() if key in ("domains", "lineage")}
+    left = {**known, "removed": out_facts, "from_sha256": before, "pruned_sha256": model_hash(tensors)}
+    save_model(out_tensors, to_mapping(change.plan.before), cutting.opened.path / REMOVED, left)
+    metadata = _metadata(cutting, complete, change.domains, model_hash(tensors))
     return cutting.opened.commit_stage(index, PRUNED, tensors, to_mapping(smaller.config), {}, metadata)
 
 
-def _metadata(cutting: Cutting, facts: Mapping[str, object], sha256: str) -> dict[str, object]:
+def _metadata(
+    cutting: Cutting, facts: Mapping[str, object], domains: Sequence[Mapping[str, str]], sha256: str
+) -> dict[str, object]:
     before = cutting.origin.manifest.metadata
     entry = {"name": PRUNED, "domains": [], "sha256": sha256, **facts}
     return {
-        **{key: before[key] for key in ("domains", "tokenizer") if key in before},
+        **({"tokenizer": before["tokenizer"]} if "tokenizer" in before else {}),
+        "domains": list(domains),
         "lineage": lineage_with(before, entry),
         "seed": cutting.recipe.seed,
         "mfext_version": __version__,

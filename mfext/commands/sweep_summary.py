@@ -13,6 +13,7 @@ from mfext.commands.prune_summary import pruning_of
 from mfext.metrics.seeds import SeedInterval, mean_over_seeds, ratio_over_seeds
 from mfext.report.reading import Json, domains, listed, mapping, matrix, objects, text
 from mfext.report.reading import number as number_at
+from mfext.report.setting_names import Shorts, setting_name, short_values
 from mfext.report.since import learned_stages
 
 DONE = "done"
@@ -60,16 +61,19 @@ def _pruning(setting: Setting, settings: Sequence[Setting]) -> dict[str, object]
 def settings_of(data: Json) -> tuple[Setting, ...]:
     """The settings in the sweep's order; named by their method alone, else by every override that is no seed."""
     members: dict[str, list[Json]] = {}
-    for trial in objects(data, "trials"):
-        members.setdefault(_name(trial, text(data, "verb")), []).append(trial)
-    return tuple(_setting(name, trials) for name, trials in members.items())
+    trials = objects(data, "trials")
+    for trial in trials:
+        members.setdefault(str(sorted(_varied(trial).items())), []).append(trial)
+    shorts = short_values(map(_varied, trials))
+    return tuple(_setting(_name(each[0], shorts, text(data, "verb")), each) for each in members.values())
 
 
-def _name(trial: Json, verb: str) -> str:
-    overrides = {key: value for key, value in mapping(trial, "overrides").items() if key != "seed"}
-    method = overrides.pop("method", None)
-    rest = [f"{key}={value}" for key, value in overrides.items()]
-    return " ".join([*([str(method)] if method is not None else []), *rest]) or text(trial, "data", "method") or verb
+def _varied(trial: Json) -> dict[str, object]:
+    return {key: value for key, value in mapping(trial, "overrides").items() if key != "seed"}
+
+
+def _name(trial: Json, shorts: Shorts, verb: str) -> str:
+    return setting_name(_varied(trial), shorts) or text(trial, "data", "method") or verb
 
 
 def _setting(name: str, trials: Sequence[Json]) -> Setting:
@@ -79,8 +83,7 @@ def _setting(name: str, trials: Sequence[Json]) -> Setting:
             seed = number_at(trial, "overrides", "seed")
             seed = number_at(trial, "data", "seed") if seed is None else seed
             runs[place if seed is None else round(seed)] = mapping(trial, "data")
-    overrides = {key: value for key, value in mapping(trials[0], "overrides").items() if key != "seed"}
-    return Setting(name, overrides, tuple(trials), runs)
+    return Setting(name, _varied(trials[0]), tuple(trials), runs)
 
 
 def _group(setting: Setting, references: Mapping[str, Setting]) -> dict[str, object]:

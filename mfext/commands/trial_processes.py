@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from mfext.errors import InterruptedRun
 from mfext.report.quantities import clock
+from mfext.report.setting_names import short_of, short_values
 from mfext.report.terminal import Console
 from mfext.requests import Invocation
 from mfext.store_sweep import Sweep, Trial
@@ -113,7 +114,9 @@ class TrialProcesses:
 
 def describe(sweep: Sweep, trial: Trial) -> str:
     """A trial by its id and what sets it apart: '0f3c... method=grow seed=1'."""
-    values = (f"{key}={trial.overrides[key]}" for key in sweep.plan.axes() if key in trial.overrides)
+    shorts = short_values(each.overrides for each in sweep.plan.trials)
+    named = [key for key in sweep.plan.axes() if key in trial.overrides]
+    values = (f"{key}={short_of(shorts, key, trial.overrides[key])}" for key in named)
     return " ".join((trial.id, *values))
 
 

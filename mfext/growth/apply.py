@@ -40,7 +40,8 @@ def apply_plan(model: ModuleFormer, plan: Plan, usage: Usage | None = None) -> N
         elif isinstance(operation, PruneExperts):
             _cut(model, operation)
         else:
-            del model.generations[len(model.generations) - 1]
+            names = [each.name for each in plan.before.generations]
+            del model.generations[names.index(operation.generation)]  # the newest first: numbers before it stand
     set_config(model, plan.after)
 
 

@@ -32,6 +32,11 @@ def num_experts(config: ModelConfig, key: BankKey) -> int:
     return _owner(config, key).experts(kind, layer)
 
 
+def total_experts(config: ModelConfig) -> int:
+    """Experts of all banks together."""
+    return sum(num_experts(config, key) for key in bank_keys(config))
+
+
 def fewest_experts(config: ModelConfig, key: BankKey) -> int:
     """How many a bank needs: as many as a token chooses, or all where there are no more."""
     return min(_owner(config, key).experts_per_token(key[1]), num_experts(config, key))

@@ -16,6 +16,7 @@ from mfext.growth.banks import BankKey, bank_keys, num_experts, router_name, sof
 from mfext.growth.plan import Plan
 from mfext.growth.probes import Windows
 from mfext.growth.pruning import pruning_cuts
+from mfext.growth.removal import removed_names
 from mfext.growth.review import mean_loss
 from mfext.model.moduleformer import ModuleFormer
 
@@ -50,6 +51,24 @@ def prove_pruning(
     with masked(full, plan):
         expected_BTV = full(input_ids, document_starts=document_starts).logits
     return float((pruned(input_ids, document_starts=document_starts).logits - expected_BTV).abs().max())
+
+
+@torch.inference_mode()
+def prove_removal(
+    full: ModuleFormer, smaller: ModuleFormer, plan: Plan, input_ids: Tensor, document_starts: Tensor | None = None
+) -> float:
+    """The largest absolute difference of any logit between `smaller` and the `full` model in which the generations that
+    `plan` removes are shut, on ids (B, T). Gated ones leave exactly 0.
+
+    Raises InputError where either is not of the plan's config.
+    """
+    if smaller.config != plan.after:
+        raise InputError("not the model this plan leaves", "prove_removal", "give the one the plan was applied to")
+    require_fit(full, plan)
+    names = removed_names(plan)
+    with _shut(full, [number for number, each in enumerate(full.config.generations, 1) if each.name in names]):
+        expected_BTV = full(input_ids, document_starts=document_starts).logits
+    return float((smaller(input_ids, document_starts=document_starts).logits - expected_BTV).abs().max())
 
 
 def ablation_scores(
@@ -106,6 +125,26 @@ def _without(model: ModuleFormer, removed: Mapping[BankKey, Sequence[int]]) -> I
         model.masked = before
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _shut(model: ModuleFormer, numbers: Sequence[int]) -> Iterator[None]:
+    """Gates at 0; where a generation has none, its routers never choose its experts."""
+    gates = [gate for number in numbers if (gate := model.generation(number).gate) is not None]
+    ungated = [number for number in numbers if model.generation(number).gate is None]
+    experts = {key: range(num_experts(model.config, key)) for key in bank_keys(model.config) if key[2] in ungated}
+    handles = [gate.register_forward_hook(_close) for gate in gates]
+    try:
+        with _without(model, experts):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _close(gate: nn.Module, inputs: tuple[object, ...], output: tuple[Tensor, object]) -> tuple[Tensor, object]:
+    logits_BT, state = output
+    return torch.full_like(logits_BT, -torch.inf), state
 
 
 def _hide(columns: Tensor, router: nn.Module, inputs: tuple[object, ...], logits_NE: Tensor) -> Tensor:

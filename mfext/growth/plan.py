@@ -33,7 +33,7 @@ class AddExperts:
 
 @dataclass(frozen=True)
 class RemoveExperts:
-    """The newest generation leaves; the model is what it was before it, bit for bit."""
+    """A generation leaves. Where it is the newest, the model is what it was before it, bit for bit."""
 
     generation: str
 

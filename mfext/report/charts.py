@@ -134,7 +134,10 @@ def _places(digits: int, tick: float) -> int:
 
 @dataclass(frozen=True)
 class Line:
-    """A series as an SVG path, its colour's number, and its last value. `dashed`: the colour is another line's too."""
+    """A series as an SVG path, its colour's number, and its last value. `dashed`: the colour is another line's too.
+
+    `whiskers` are its intervals: (left, bottom, height).
+    """
 
     name: str
     path: str
@@ -142,6 +145,7 @@ class Line:
     dashed: bool
     first: str
     last: str
+    whiskers: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class Plot:
 
 
 def draw_curves(section: Curves) -> Plot:
-    """Places the series of a chart; on a log scale values at or below zero are left out."""
+    """Places the series of a chart; on a log scale values at or below zero are left out. x counts: ticks are whole."""
     scale = math.log10 if section.log_y else float
     kept = {
         series.name: [(x, scale(y)) for x, y in series.points if not section.log_y or y > 0]
@@ -184,6 +188,7 @@ def draw_curves(section: Curves) -> Plot:
             index >= LINE_COLOURS,
             number(series.points[0][1], section.digits) if series.points else NONE,
             number(series.points[-1][1], section.digits) if series.points else NONE,
+            tuple(_whisker(at_x(x), *(at_y(scale(edge)) for edge in ends)) for x, *ends in series.intervals),
         )
         for index, series in enumerate(section.series)
     )
@@ -193,13 +198,19 @@ def draw_curves(section: Curves) -> Plot:
     shown = [(tick, f"{10**tick:.3g}" if section.log_y else number(tick, places)) for tick in y_ticks]
     return Plot(
         lines,
-        tuple(Mark(at_x(tick), brief(tick)) for tick in nice_ticks(left, right, 4)),
+        tuple(Mark(at_x(tick), brief(tick)) for tick in nice_ticks(left, right, 4) if tick == round(tick)),
         tuple(Mark(at_y(tick), text) for tick, text in shown),
         tuple(
             Mark(at_x(x), name, round(at_x(end) - at_x(x), 3))
             for (x, name), end in zip(section.borders, [x for x, _ in section.borders[1:]] + [right], strict=False)
         ),
     )
+
+
+def _whisker(left: float, low: float, high: float) -> tuple[float, float, float]:
+    """An interval as far as it lies inside the plot."""
+    bottom, top = max(0.0, low), min(100.0, high)
+    return left, bottom, round(max(0.0, top - bottom), 3)
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

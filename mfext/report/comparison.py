@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mfext.report.comparison_charts import change_maps, loss_maps, stream_curves, trade_off
 from mfext.report.comparison_verdict import focal_group, sweep_verdict
@@ -18,7 +19,7 @@ from mfext.report.groups import (
     references_of,
     signed_percent,
 )
-from mfext.report.pruned_sweep import pruning_sections
+from mfext.report.pruned_sweep import pruned_settings, pruning_cards, pruning_sections
 from mfext.report.quantities import (
     NONE,
     count,
@@ -34,6 +35,7 @@ from mfext.report.quantities import (
 from mfext.report.reading import Json, listed, mapping, objects, text
 from mfext.report.reading import number as number_at
 from mfext.report.report import Card, Cards, KeyValues, Numbers, Report, Section, Table
+from mfext.report.setting_names import Shorts, short_of, short_values
 
 BITS = "bits per byte"
 
@@ -46,12 +48,12 @@ def sweep_report(data: Json) -> Report:
     groups = groups_of(data)
     verdict = sweep_verdict(data, groups)
     measured = tuple(group for group in groups if group.num_done)
+    pruned = pruned_settings(data)
+    compared = (trade_off(measured), _side_by_side(data, measured), _learning(data, measured))
     sections: tuple[Section, ...] = (
         _cards(data, measured),
-        *pruning_sections(data),
-        trade_off(measured),
-        _side_by_side(data, measured),
-        _learning(data, measured),
+        *pruning_sections(pruned),
+        *(replace(each, in_terminal=each.in_terminal and not pruned) for each in compared),
         stream_curves(measured),
         change_maps(measured),
         loss_maps(measured),
@@ -72,9 +74,19 @@ def _has_content(section: Section) -> bool:
 
 
 def _cards(data: Json, groups: Sequence[Group]) -> Cards:
+    cards = pruning_cards(pruned_settings(data)) or _change_cards(groups)
+    if not cards:
+        return Cards("Key numbers")
+    states = [text(trial, "state") for trial in objects(data, "trials")]
+    cards.append(Card("Trials", f"{states.count('done')} of {len(states)}", "done", plural(len(groups), "setting")))
+    return Cards("Key numbers", cards=tuple(cards), in_terminal=False)
+
+
+def _change_cards(groups: Sequence[Group]) -> list[Card]:
+    """What the focal setting forgot and learned."""
     focal = focal_group(groups)
     if focal is None:
-        return Cards("Key numbers")
+        return []
     cards: list[Card] = []
     forgotten = focal.forgetting.in_bits
     if forgotten.value is not None:
@@ -88,9 +100,7 @@ def _cards(data: Json, groups: Sequence[Group]) -> Cards:
     if gaps and focal.name != "full":
         worst = max(gaps, key=lambda domain: gaps[domain])
         cards.append(Card("Learning against full", signed_percent(gaps[worst]), "of the loss, at worst", worst))
-    states = [text(trial, "state") for trial in objects(data, "trials")]
-    cards.append(Card("Trials", f"{states.count('done')} of {len(states)}", "done", plural(len(groups), "setting")))
-    return Cards("Key numbers", cards=tuple(cards), in_terminal=False)
+    return cards
 
 
 def _spread(ratio: Estimate) -> str:
@@ -208,13 +218,21 @@ def _cost(groups: Sequence[Group]) -> Table:
     return Table("Cost", columns=columns, rows=rows, text_columns=("setting",), note=note, in_terminal=False)
 
 
+def _shorts(data: Json) -> Shorts:
+    return short_values(mapping(trial, "overrides") for trial in objects(data, "trials"))
+
+
+def _setting_of(trial: Json, shorts: Shorts) -> str:
+    return ", ".join(f"{key}={short_of(shorts, key, value)}" for key, value in mapping(trial, "overrides").items())
+
+
 def _trials(data: Json) -> Table:
     """Every finished trial, so that a mean can be taken apart."""
-    rows, numbers = [], []
+    rows, numbers, shorts = [], [], _shorts(data)
     for trial in objects(data, "trials"):
         if text(trial, "state") != "done":
             continue
-        settings = ", ".join(f"{key}={value}" for key, value in mapping(trial, "overrides").items())
+        settings = _setting_of(trial, shorts)
         forgotten = number_at(trial, "data", "forgetting", "mean", "difference")
         shown = None if forgotten is None else forgotten / LN2
         wall_s = number_at(trial, "data", "wall_s")
@@ -233,10 +251,11 @@ def _trials(data: Json) -> Table:
 
 
 def _unfinished(data: Json) -> Table:
+    shorts = _shorts(data)
     rows = tuple(
         (
             text(trial, "id")[:12],
-            ", ".join(f"{key}={value}" for key, value in mapping(trial, "overrides").items()),
+            _setting_of(trial, shorts),
             text(trial, "state"),
             text(trial, "error")
             or ("not started or cut off" if text(trial, "state") != "failed" else "no reason kept"),

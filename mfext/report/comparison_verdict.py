@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mfext.report.groups import Estimate, Group, ratio_headline, signed_percent
+from mfext.report.pruned_sweep import pruned_settings, pruning_lines
 from mfext.report.quantities import MINUS, NONE, THIN, digits_for, number, plural
 from mfext.report.reading import Json, mapping, objects, text
 from mfext.report.verdict import Verdict
@@ -17,7 +18,8 @@ NAMED_AT_MOST = 3
 def sweep_verdict(data: Json, groups: Sequence[Group]) -> Verdict:
     """Sentences and alarms; numbers in bits per byte, means over seeds."""
     measured = [group for group in groups if group.num_done]
-    lines = [*_forgetting(measured), *_learning(measured), *_certainty(measured), *_progress(data)]
+    found = pruning_lines(pruned_settings(data)) or [*_forgetting(measured), *_learning(measured)]
+    lines = [*found, *_certainty(measured), *_progress(data)]
     return Verdict(tuple(lines) or ("no trial has a result yet",), _alarms(data))
 
 

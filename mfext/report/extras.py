@@ -67,8 +67,9 @@ def extras_of(data: Json, raw: Json) -> Extras:
     """Extras from plain JSON, as a run folder yields it; keys that are absent leave their part empty.
 
     `raw`: {"curves": {stage: rows of metrics.csv}, "details": {stage: {domain: {usage, gates}}}, "lineage": [...],
-    "environment": {...}, "facts": {domain: {split, documents, bytes, tokens, split_sha256, source}}}. Entries of the
-    lineage may hold "generation" (GenerationConfig as JSON); entries of `data["stages"]` hold tokens and wall_s.
+    "generations": [GenerationConfig as JSON of the last stage's model], "environment": {...},
+    "facts": {domain: {split, documents, bytes, tokens, split_sha256, source}}}. Entries of `data["stages"]` hold tokens
+    and wall_s.
     """
     stages = objects(data, "stages")
     lineage = objects(raw, "lineage")
@@ -78,7 +79,7 @@ def extras_of(data: Json, raw: Json) -> Extras:
         costs=tuple(_cost(data, stage, stage is stages[-1]) for stage in stages if number_at(stage, "tokens")),
         facts={name: _facts(entry) for name, entry in mapping(raw, "facts").items() if isinstance(entry, Mapping)},
         details=details[-1] if details else {},
-        newcomers=newcomers_of([generation for entry in lineage if (generation := mapping(entry, "generation"))]),
+        newcomers=newcomers_of(objects(raw, "generations")),
         lineage=lineage,
         environment={str(name): str(value) for name, value in mapping(raw, "environment").items()},
     )

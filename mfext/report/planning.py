@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from mfext.report.quantities import count, plural, size, whole
+from mfext.report.quantities import count, percent, plural, size, whole
 from mfext.report.reading import Json, listed, mapping, objects, text
 from mfext.report.reading import number as number_at
 from mfext.report.report import KeyValues, Report, Section, Table
 
 # What one CPU core of 2024 trains per second, in tokens times active parameters: sizes the guess, promises nothing.
 ACTIVE_TOKENS_PER_S = 6e9
+# Bytes of one parameter.
+FLOAT32 = 4
 
 
 def plan_report(verb: str, data: Json) -> Report:
     """The report of a dry run; nothing was built or written."""
     trainable, steps = number_at(data, "params", "trainable"), number_at(data, "steps")
-    verdict = f"would train {count(trainable)} parameters for {whole(steps)} steps; nothing was written"
+    removed = number_at(data, "params", "removed")
+    would = [] if removed is None else [f"remove {_removed(data, removed)}"]
+    would += [f"train {count(trainable)} parameters for {whole(steps)} steps"] if steps or not would else []
+    verdict = f"would {' and '.join(would)}; nothing was written"
     sections: list[Section] = []
     stages = tuple(
         (text(each, "name"), whole(number_at(each, "trainable")), text(each, "trains"))
@@ -33,6 +38,12 @@ def plan_report(verb: str, data: Json) -> Report:
     return Report(verb, data, f"mfext {verb} (dry run)", (verdict,), tuple(sections))
 
 
+def _removed(data: Json, removed: float) -> str:
+    """How much would leave, of how much."""
+    total = removed + (number_at(data, "params", "total") or 0)
+    return f"{count(removed)} of {count(total)} parameters ({percent(removed / total)}, {size(FLOAT32 * removed)})"
+
+
 def _details(operation: Json) -> str:
     generation = mapping(operation, "generation")
     if generation:
@@ -43,6 +54,8 @@ def _details(operation: Json) -> str:
         experts = sum(int(number_at(cut, "of") or 0) for cut in cuts)
         kept = sum(len(listed(cut, "kept")) for cut in cuts)
         return f"{whole(experts - kept)} of {whole(experts)} experts leave {plural(len(cuts), 'bank')}"
+    if text(operation, "generation"):
+        return f"{text(operation, 'generation')}, whole"
     names = operation.get("generations")
     return ", ".join(str(name) for name in names) if isinstance(names, list | tuple) else ""
 

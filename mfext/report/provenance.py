@@ -104,6 +104,8 @@ def lineage_table(lineage: Sequence[Json]) -> Table:
     for index, entry in enumerate(lineage):
         names = entry.get("domains")
         listed = ", ".join(str(name) for name in names) if isinstance(names, list | tuple) else ""
+        gone = entry.get("dropped")
+        listed = f"without {', '.join(map(str, gone))}" if isinstance(gone, list | tuple) else listed
         at = number_at(entry, "stage")
         tokens = number_at(entry, "tokens")
         rows.append(

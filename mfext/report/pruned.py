@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mfext.errors import DivergedError
 from mfext.report.quantities import bits, count, number, percent, signed, size
-from mfext.report.reading import Json, domains, flag, mapping, matrix, objects, text
+from mfext.report.reading import Json, domains, flag, listed, mapping, matrix, objects, text
 from mfext.report.reading import number as number_at
 from mfext.report.report import Curves, CurvesGrid, Report, Section, Series, Table
 
@@ -18,22 +18,24 @@ RANDOM = "random"
 
 def prune_sections(report: Report, data: Json) -> Report:
     """The report of a run with a pruning's own verdict and sections before everything else."""
-    sections: tuple[Section, ...] = (_before_after(data), *_curves(data), _table(data))
+    dropped = dropped_of(data)
+    sections: tuple[Section, ...] = (_before_after(data), *(() if dropped else _curves(data)), _table(data))
     alarms = report.alarms
     failure = None
     if not flag(data, "equals_masked"):
-        what = (
-            f"the pruned model differs from the full one with masked experts by {number_at(data, 'masked_difference')}"
-        )
+        masked = "these generations shut" if dropped else "masked experts"
+        what = f"the pruned model differs from the full one with {masked} by {number_at(data, 'masked_difference')}"
         failure = DivergedError(what, text(data, "run"), "two experts of almost equal logits may have changed places")
         alarms = (*alarms, what)
+    if flag(data, "equals_earlier") is False:
+        alarms = (*alarms, f"without {joined(dropped)} this is not the model it was before: something old has changed")
     if not flag(data, "restores_exactly"):
         alarms = (*alarms, "the removed experts do not restore the model bit for bit: do not delete the whole one")
     target = text(data, "target")
     return replace(
         report,
         title=f"mfext prune · {target}",
-        verdict=(*_verdict(data), *_advice(data), *_promises(data)),
+        verdict=(*_verdict(data), *_advice(data), *_earlier(data), *_promises(data)),
         sections=(*sections, *report.sections),
         alarms=alarms,
         failure=failure,
@@ -43,9 +45,10 @@ def prune_sections(report: Report, data: Json) -> Report:
 def _verdict(data: Json) -> tuple[str, ...]:
     target, experts = text(data, "target"), number_at(data, "experts")
     kept, before, after = (number_at(data, key) for key in ("kept", "params_before", "params_after"))
-    share = kept / experts if kept and experts else None
+    share, dropped = kept / experts if kept and experts else None, dropped_of(data)
+    how = f"without {joined(dropped)}" if dropped else f"by {text(data, 'criterion')}"
     lines = [
-        f"Kept {count(kept)} of {count(experts)} experts ({percent(share)}) by {text(data, 'criterion')}: "
+        f"Kept {count(kept)} of {count(experts)} experts ({percent(share)}) {how}: "
         f"{count(before)} parameters became {count(after)}."
     ]
     losses = [each for each in (_last_rows(data)) if each is not None]
@@ -72,7 +75,7 @@ def _last_rows(data: Json) -> tuple[Json | None, Json | None]:
 def _advice(data: Json) -> tuple[str, ...]:
     """The knee: the smallest share that keeps the target's loss by the best criterion, and what lots do there."""
     found: dict[str, float] = {}
-    for criterion in _criteria(data):
+    for criterion in () if dropped_of(data) else _criteria(data):
         kept = [1.0]
         for point in _points(data, criterion):
             rise, keep = _rise(data, point), number_at(point, "keep")
@@ -95,13 +98,39 @@ def _advice(data: Json) -> tuple[str, ...]:
     return (f"{line}; drawn by lot they cost {signed(100 * rise, 1)} % there." if rise is not None else f"{line}.",)
 
 
+def dropped_of(data: Json) -> tuple[str, ...]:
+    """The generations that left whole, the newest first."""
+    return tuple(str(name) for name in listed(data, "dropped"))
+
+
+def joined(names: Sequence[str]) -> str:
+    """'generation code', 'generations code and prose'."""
+    listing = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+    return f"generation{'' if len(names) == 1 else 's'} {listing}"
+
+
+def _earlier(data: Json) -> tuple[str, ...]:
+    """Which earlier model this is again, or why it is none."""
+    dropped = dropped_of(data)
+    if not dropped or flag(data, "equals_earlier") is False:
+        return ()
+    if flag(data, "equals_earlier"):
+        sha256 = text(data, "earlier_sha256")[:12]
+        return (f"Bit for bit the model that {dropped[-1]} was grown on (SHA-256 {sha256}...).",)
+    return (
+        "No earlier model to be equal to: something else has happened to it since that growth. "
+        "Generations grown later stay as they are, though they learned beside what left.",
+    )
+
+
 def _promises(data: Json) -> tuple[str, ...]:
     difference = number_at(data, "masked_difference")
     if not (flag(data, "equals_masked") and flag(data, "restores_exactly")) or difference is None:
         return ()
+    masked = f"{joined(dropped)} shut" if (dropped := dropped_of(data)) else "the removed experts masked"
     return (
-        f"Proven on a probe: the pruned model is the full one with the removed experts masked (largest difference of a "
-        f"logit {difference:.1g}), and putting them back gives the same bits.",
+        f"Proven on a probe: the pruned model is the full one with {masked} (largest difference of a "
+        f"logit {difference:.1g}), and putting back what left gives the same bits.",
     )
 
 
@@ -132,7 +161,7 @@ def _before_after(data: Json) -> Table:
         share = percent(after / before) if before and after else ""
         rows.append((label, shown(before), shown(after), share))
     return Table(
-        "Before and after",
+        "Size and speed",
         columns=("", "before", "after", "of before"),
         rows=tuple(rows),
         text_columns=("",),
@@ -187,7 +216,8 @@ def _table(data: Json) -> Table:
     rows = []
     for point in objects(data, "curve"):
         keep = percent(number_at(point, "keep"), 1)
-        name = text(point, "criterion") or "whole model"
+        left = ", ".join(dropped_of(point))
+        name = f"without {left}" if left else text(point, "criterion") or "whole model"
         if "reason" in point:
             rows.append((name, keep, *("",) * 4, "below what a token chooses"))
             continue
@@ -200,10 +230,13 @@ def _table(data: Json) -> Table:
         moved = f"{signed(100 * share, 1)} %" if share is not None else ""
         loss = number(bits(number_at(point, "nll_per_byte", target)))
         rows.append((name, keep, count(number_at(point, "params")), loss, moved, between, elsewhere))
+    what, chosen = "criterion", "Experts are chosen on train text, measured on the evaluation split. "
+    if dropped_of(data):
+        what, chosen = "model", ""
     return Table(
         "Curve",
-        columns=("criterion", "kept", "parameters", target, "rise", "95 %, bits per byte", "others, mean rise"),
+        columns=(what, "kept", "parameters", target, "rise", "95 %, bits per byte", "others, mean rise"),
         rows=tuple(rows),
-        text_columns=("criterion",),
-        note="Experts are chosen on train text, measured on the evaluation split. Rises are against the whole model.",
+        text_columns=(what,),
+        note=f"{chosen}Rises are against the whole model.",
     )

@@ -145,10 +145,11 @@ class Bars(Section):
 
 @dataclass(frozen=True)
 class Series:
-    """A line: (x, y) in order of x."""
+    """A line: (x, y) in order of x, and the 95 % intervals (x, low, high) of those points that have one."""
 
     name: str
     points: tuple[tuple[float, float], ...]
+    intervals: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,20 @@ from mfext.cli import main
 from mfext.commands.grow import run as grow_run
 from mfext.commands.models import model_tensors, open_model
 from mfext.commands.prune import run as prune
+from mfext.commands.setting import load_domains
+from mfext.commands.sweep_summary import with_groups
+from mfext.commands.usage import usage_of
 from mfext.config import Recipe
+from mfext.config_evaluation import EvaluationConfig
 from mfext.errors import InputError
+from mfext.growth.banks import num_experts
+from mfext.metrics.usage import scores
 from mfext.model.moduleformer import ModuleFormer
 from mfext.recipe import load_recipe, recipe_of_run
+from mfext.report.comparison import sweep_report
+from mfext.report.quantities import percent
 from mfext.report.report import Report
+from mfext.report.terminal import Console
 from mfext.requests import Invocation
 from mfext.store import model_hash
 from tests.commands.tiny_world import QUIET, TINY, World
@@ -78,6 +89,17 @@ def test_a_pruning_tells_what_was_kept_what_it_cost_and_that_it_is_proven(pruned
         assert rise["difference"] == pytest.approx(point["nll_per_byte"]["digits"] - curve[0]["nll_per_byte"]["digits"])
         assert rise["low"] <= rise["difference"] <= rise["high"]
     assert any("same bits" in line for line in pruned.verdict)
+    assert data["learned"] == {} and "digits" in data["forgetting"]["domains"], "healing is no lesson"  # type: ignore[index]
+
+
+def test_a_real_pruning_fills_the_page_of_a_sweep(pruned: Report) -> None:
+    trial = {"id": "a", "state": "done", "run": "trials/a", "error": None, "overrides": {"domain": "x/digits"}}
+    report = sweep_report(with_groups({"verb": "prune", "axes": {}, "trials": [{**trial, "data": pruned.data}]}))
+    kept = percent(pruned.data["kept"] / pruned.data["experts"])  # type: ignore[operator]
+    assert report.verdict[0].startswith(f"on digits frozen keeps {kept} of the experts, loss ")
+    assert "drawn by lot" in report.verdict[1]
+    titles = [section.title for section in report.sections]
+    assert titles[:3] == ["Key numbers", "Share kept against loss", "What pruning cost"]
 
 
 def test_the_removed_experts_go_back_bit_for_bit(
@@ -138,17 +160,59 @@ def test_fine_tuning_comes_first_and_a_bound_finds_the_fewest_experts(world: Wor
     assert data["criterion"] == "usage"
 
 
-def test_a_grown_model_is_pruned_with_its_generations(world: World) -> None:
-    grow = load_recipe(
-        "grow",
-        None,
-        [*SHORT, f"default_base.domains=['{world.letters}']"],
-        {"domain": str(world.digits), "out": str(world.runs / "grown-first")},
-    )
-    grown = grow_run(grow, QUIET)
+@pytest.fixture(scope="module")
+def grown_first(world: World, request: pytest.FixtureRequest) -> Report:
+    """Letters are the base, digits are grown."""
+    words = [*SHORT, f"growth={request.param}", f"default_base.domains=['{world.letters}']"]
+    flags = {"domain": str(world.digits), "out": str(world.runs / f"grown-first-{request.param}")}
+    return grow_run(load_recipe("grow", None, words, flags), QUIET)
+
+
+@pytest.mark.parametrize("grown_first", ["gated", "compete"], indirect=True)
+def test_a_grown_model_keeps_the_old_and_new_experts_that_the_new_domain_uses(
+    world: World, grown_first: Report, tmp_path: Path
+) -> None:
+    more = ("pruning.curve=[0.75]", "pruning.curve_criteria=[contribution,random]", "pruning.keep=0.75")
+    more = (*more, "pruning.budget=per_layer")
+    recipe = recipe_of(world, tmp_path / "pruned", *more, base=str(grown_first.data["run"]))
+    data = prune(recipe, QUIET).data
+    cuts = data["cuts"]
+    assert isinstance(cuts, list) and {cut["generation"] for cut in cuts} == {0, 1}, "old and new experts leave"
+    assert data["equals_masked"] and data["restores_exactly"] and data["finished"]
+    assert all(len(cut["kept"]) == math.ceil(0.75 * cut["of"]) for cut in cuts)
+    whole, smaller = open_model(str(grown_first.data["model"])), open_model(str(data["model"]))
+    assert isinstance(smaller.model, ModuleFormer) and isinstance(whole.model, ModuleFormer)
+    # By use: among the experts of a bank that leaves some, none that stays is worth less than one that left.
+    domains = load_domains([str(world.digits)], Console.silent())
+    usage = usage_of(whole, domains, used(recipe), Console.silent(), None, "train")
+    worth = scores(usage["digits"], "contribution")
+    for cut in cuts:
+        first = 0
+        own = worth.get((cut["layer"], cut["kind"], cut["generation"]))
+        if own is None:  # numbered through in the base's softmax
+            first = num_experts(whole.model.config, (cut["layer"], cut["kind"], 0))
+            own = worth[cut["layer"], cut["kind"], 0]
+        bank = own[first : first + cut["of"]]
+        left = [bank[expert] for expert in range(cut["of"]) if expert not in cut["kept"]]
+        assert min(bank[expert] for expert in cut["kept"]) >= max(left)
+    assert [each.name for each in smaller.model.config.generations] == ["digits"]
+    assert [point["criterion"] for point in data["curve"] if "digits" in point["increase"]] == [
+        "contribution",
+        "random",
+    ]  # type: ignore[attr-defined]
+
+
+def used(recipe: Recipe) -> EvaluationConfig:
+    """The train text that experts are chosen on."""
+    return replace(recipe.evaluation, max_bytes=recipe.pruning.sample_bytes)
+
+
+@pytest.mark.parametrize("grown_first", ["gated"], indirect=True)
+def test_a_grown_model_is_pruned_of_its_new_experts_alone(world: World, grown_first: Report, tmp_path: Path) -> None:
+    grown = grown_first
     recipe = recipe_of(
         world,
-        world.runs / "pruned-grown",
+        tmp_path / "pruned",
         "pruning.curve=[]",
         "pruning.generations=[digits]",
         "pruning.keep=0.75",

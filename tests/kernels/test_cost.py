@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfext.config import GrowthConfig, ModelConfig, TrainingConfig
+from mfext.config import GrowthConfig, TrainingConfig
 from mfext.growth.apply import apply_plan, set_trainable
 from mfext.growth.plan import plan_growth
 from mfext.model.generate import Sampling
@@ -28,24 +28,10 @@ from mfext_kernels.grouped_linear import expert_feedforward
 from mfext_kernels.routing import make_dispatch
 from mfext_kernels.stickbreaking import compiled_sticks
 from tests.kernels.counting import Counted, counted, stored
+from tests.training.tiny_training import CONFIG, open_gate
 
 COMMITTED = Path(__file__).parent / "counted_work.json"
-TINY = ModelConfig(
-    vocab_size=24,
-    d_model=16,
-    num_layers=2,
-    num_heads=2,
-    d_attention=16,
-    attention_experts=3,
-    attention_experts_per_token=2,
-    feedforward_experts=4,
-    feedforward_experts_per_token=2,
-    d_feedforward=32,
-    d_router=8,
-    bos_id=0,
-    eos_id=0,
-    pad_id=1,
-)
+TINY = replace(CONFIG, d_feedforward=32)
 EXPERTS_ONLY = GrowthConfig(embedding_rank=0, head_rank=0)
 
 
@@ -62,11 +48,7 @@ def grown(num_layers: int, growth: GrowthConfig) -> ModuleFormer:
     """With a generation that is open on every token and trains alone."""
     model = made(num_layers=num_layers)
     apply_plan(model, plan_growth(model.config, growth, "code"))
-    gate = model.generation(1).gate
-    assert gate is not None
-    with torch.no_grad():
-        for name, parameter in gate.named_parameters():
-            parameter.fill_(50.0 if name.endswith("bias") else 0.0)
+    open_gate(model)
     set_trainable(model, Grow().trainable(model))
     return model
 

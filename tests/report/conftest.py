@@ -98,7 +98,7 @@ def _build(names: tuple[str, ...], forgotten: float, mode: str) -> Result:
     lineage: list[dict[str, Any]] = [{**first, "sha256": "ab" * 32}]
     for index, name in enumerate(names, 1):
         entry = {"stage": index, "name": name, "method": "grow", "domains": [name], "tokens": 1_200_000}
-        lineage.append({**entry, "sha256": f"{index}c" * 32, "generation": {"name": name, **generation}})
+        lineage.append({**entry, "sha256": f"{index}c" * 32})
     stages = [
         {"index": 0, "name": "base", "method": "pretrain", "tokens": 4_200_000, "wall_s": 812.0},
         *({"index": i, "name": name, "tokens": 1_200_000, "wall_s": 231.0} for i, name in enumerate(names, 1)),
@@ -181,6 +181,7 @@ def _build(names: tuple[str, ...], forgotten: float, mode: str) -> Result:
             for name in domains
         },
         "lineage": lineage,
+        "generations": [{"name": name, **generation} for name in names],
         "environment": {"python": "3.11.9", "torch": "2.13.0", "CPU": "2 cores", "threads": "2"},
     }
     return Result(data, raw)

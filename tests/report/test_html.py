@@ -97,7 +97,7 @@ def test_hostile_names_stay_text(build_result: Any) -> None:
         raw[part][evil] = raw[part].pop("python_code")
     raw["details"]["last"][evil] = raw["details"]["last"].pop("python_code")
     raw["lineage"][1] |= {"name": evil, "domains": [evil]}
-    raw["lineage"][1]["generation"]["name"] = evil
+    raw["generations"][0]["name"] = evil
     text, page = page_of(result)
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert "{{ 7*7 }}" in page.words and "\x1b" not in text

@@ -85,11 +85,10 @@ def test_evaluations_within_stages_become_curves_with_borders(data: dict[str, An
 def test_three_gates_are_one_picture(data: dict[str, Any], build_result: Any) -> None:
     gates = [{"gate": index, "share_open": 0.1 * index, "share_not_full": 0.95} for index in range(3)]
     details = {name: {"usage": None, "gates": gates} for name in STREAM}
-    lineage = [
-        {"generation": {"name": name, "mode": "gated", "attention_experts": [1], "feedforward_experts": [1]}}
-        for name in STREAM[1:]
+    generations = [
+        {"name": name, "mode": "gated", "attention_experts": [1], "feedforward_experts": [1]} for name in STREAM[1:]
     ]
-    raw = {"details": {"last": details}, "lineage": lineage}
+    raw = {"details": {"last": details}, "generations": generations}
     gates_map = titled(run_report("continual", data, extras_of(data, raw)))["Gates"]
     assert isinstance(gates_map, HeatMap) and gates_map.columns == STREAM[1:]
     assert gates_map.values[0] == pytest.approx((0.0, 10.0, 20.0))

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfext.config import ModelConfig
 from mfext.config_methods import ConcentrateConfig
 from mfext.errors import InputError
-from mfext.model.build import new_model
 from mfext.model.language_model import ModelOutput
 from mfext.model.moduleformer import ModuleFormer
 from mfext.training.batch import Batch, read_batch
@@ -28,11 +26,11 @@ from tests.training.tiny_training import (
     Commits,
     RandomTokens,
     TinyStream,
-    same_bits,
+    check_every_resume,
+    tiny_dense_model,
     tiny_model,
     tiny_settings,
     tiny_training,
-    weights,
 )
 
 torch.set_num_threads(1)
@@ -142,14 +140,8 @@ def test_resumed_inside_and_after_the_rise_it_equals_the_uninterrupted_run_bit_f
     def module() -> ContinualModuleFormer:
         return ContinualModuleFormer(tiny_model(), method=Concentrate(ConcentrateConfig(weight=0.3, rise_share=0.6)))
 
-    training, commits, whole = tiny_training(9, commit_every_steps=2, micro_batch_size=micro), Commits(), module()
-    result = fit(whole, TinyStream(), tiny_settings(tmp_path / "whole", training), commit=commits)
-    assert len(commits.states) == 4
-    for state in commits.states:
-        again = module()
-        settings = tiny_settings(tmp_path / f"from{state.step}", training)
-        resumed = fit(again, TinyStream(), settings, commit=Commits(), resume=state)
-        assert same_bits(weights(again), weights(whole)) and same_bits(resumed.optimizer, result.optimizer)
+    training = tiny_training(9, commit_every_steps=2, micro_batch_size=micro)
+    assert len(check_every_resume(module, training, tmp_path).states) == 4
 
 
 def test_the_balance_loss_that_spreads_the_load_is_left_out() -> None:
@@ -164,24 +156,8 @@ def test_the_balance_loss_that_spreads_the_load_is_left_out() -> None:
 
 
 def test_a_dense_model_is_refused() -> None:
-    shape = ModelConfig(
-        architecture="dense",
-        vocab_size=24,
-        d_model=16,
-        num_layers=1,
-        num_heads=2,
-        d_attention=16,
-        attention_experts=1,
-        attention_experts_per_token=1,
-        feedforward_experts=1,
-        feedforward_experts_per_token=1,
-        routing_loss_weight=0.0,
-        bos_id=0,
-        eos_id=0,
-        pad_id=1,
-    )
     with pytest.raises(InputError, match="no experts"):
-        Concentrate().trainable(new_model(shape))
+        Concentrate().trainable(tiny_dense_model())
 
 
 @pytest.mark.parametrize("wrong", [{"weight": 0.0}, {"rise_share": 1.5}, {"kinds": "router"}])

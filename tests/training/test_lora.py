@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mfext.config_methods import LoraConfig
-from mfext.model.dense import DenseTransformer
 from mfext.model.language_model import LanguageModel
 from mfext.model.moduleformer import ModuleFormer
 from mfext.training.fit import fit
@@ -23,6 +22,7 @@ from tests.training.tiny_training import (
     Commits,
     TinyStream,
     same_bits,
+    tiny_dense_model,
     tiny_model,
     tiny_settings,
     tiny_training,
@@ -48,12 +48,6 @@ def wake(model: nn.Module) -> None:
             if isinstance(module, Adapter):
                 for factor in (module.left, module.right):
                     factor.copy_(0.2 * torch.randn(factor.shape, generator=generator))
-
-
-def dense_model() -> DenseTransformer:
-    torch.manual_seed(0)
-    one = {f"{kind}_experts{suffix}": 1 for kind in ("attention", "feedforward") for suffix in ("", "_per_token")}
-    return DenseTransformer(replace(CONFIG, architecture="dense", routing_loss_weight=0.0, **one))
 
 
 def test_a_dense_layer_gives_what_peft_gives_forward_backward_and_merged() -> None:
@@ -97,7 +91,7 @@ def test_every_expert_has_a_change_of_its_own_of_the_rank_asked_for() -> None:
 
 
 @pytest.mark.parametrize("settings", [SMALL, ALL], ids=["experts", "everything"])
-@pytest.mark.parametrize("made", [tiny_model, dense_model])
+@pytest.mark.parametrize("made", [tiny_model, tiny_dense_model])
 def test_new_adapters_change_no_bit_of_what_the_model_computes(
     made: Callable[[], LanguageModel], settings: LoraConfig
 ) -> None:
@@ -108,7 +102,7 @@ def test_new_adapters_change_no_bit_of_what_the_model_computes(
 
 
 @pytest.mark.parametrize("settings", [SMALL, ALL], ids=["experts", "everything"])
-@pytest.mark.parametrize("made", [tiny_model, dense_model])
+@pytest.mark.parametrize("made", [tiny_model, tiny_dense_model])
 def test_merging_keeps_what_the_adapted_model_computes_and_gives_the_old_names_back(
     made: Callable[[], LanguageModel], settings: LoraConfig
 ) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,10 @@ from mfext.config import GrowthConfig, ModelConfig, TrainingConfig
 from mfext.config_machine import TrainerConfig
 from mfext.growth.apply import apply_plan
 from mfext.growth.plan import plan_growth
+from mfext.model.dense import DenseTransformer
 from mfext.model.moduleformer import ModuleFormer
 from mfext.training.exchange import FitSettings, ProgressState
+from mfext.training.fit import fit
 from mfext.training.module import ContinualModuleFormer
 
 CONFIG = ModelConfig(
@@ -93,6 +95,13 @@ def tiny_model(grown: bool = False) -> ModuleFormer:
     return model
 
 
+def tiny_dense_model() -> DenseTransformer:
+    """The same widths without experts."""
+    torch.manual_seed(0)
+    one = {f"{kind}_experts{suffix}": 1 for kind in ("attention", "feedforward") for suffix in ("", "_per_token")}
+    return DenseTransformer(replace(CONFIG, architecture="dense", routing_loss_weight=0.0, **one))
+
+
 def open_gate(model: ModuleFormer) -> None:
     """Make the newest gate say 1 for every token."""
     gate = model.generation(len(model.generations)).gate
@@ -130,3 +139,15 @@ def weights(module: ContinualModuleFormer) -> dict[str, Tensor]:
 
 def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def check_every_resume(make: Callable[[], ContinualModuleFormer], training: TrainingConfig, folder: Path) -> Commits:
+    """A fit resumed from each of its commits ends with the bits of the one never interrupted; the commits."""
+    commits, whole = Commits(), make()
+    result = fit(whole, TinyStream(), tiny_settings(folder / "whole", training), commit=commits)
+    for state in commits.states:
+        again = make()
+        settings = tiny_settings(folder / f"from{state.step}", training)
+        resumed = fit(again, TinyStream(), settings, commit=Commits(), resume=state)
+        assert same_bits(weights(again), weights(whole)) and same_bits(resumed.optimizer, result.optimizer)
+    return commits
