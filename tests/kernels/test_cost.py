@@ -179,7 +179,7 @@ def test_training_is_at_most_quadratic_in_length_and_never_holds_a_square_of_it(
     for length in (1024, 2048):
         ids = tokens(1, length)
         work[length] = counted(lambda ids=ids: loss_of(model, ids).backward())  # type: ignore[misc]
-        assert work[length].largest <= length * length / 4
+        assert work[length].largest <= length * length / 2
         assert not [shape for shape in work[length].shapes if sum(size >= length for size in shape) > 1]
     assert work[1024].flops * 2 < work[2048].flops <= 4 * work[1024].flops, (
         "the sticks lasted, and no more than squares"
