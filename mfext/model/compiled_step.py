@@ -1,4 +1,4 @@
-"""Which tensors of an ungrown model the compiled decoding step reads, and when it can be used."""
+"""Which tensors of a model's base the compiled decoding step reads, and when it can be used."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One token of one sequence through an ungrown model, in as few calls as there can be.
+"""One token of one sequence through the base alone, in as few calls as there can be: no generation is open on it.
 
-The same equations as attention.py and feedforward.py, which serve every other case: two tokens or rows, padding,
+The same equations as attention.py and feedforward.py, which serve every other case: two tokens or rows, padding, open
 generations, gradients, autocast. At one token a step is bound by its calls and by reading the chosen experts' weights
 once (12 MB at 16 M parameters), not by arithmetic. So what hangs on the weights alone (views of each expert's, and one
 joined copy of the small matrices that multiply the same activations) is prepared once per cache. Like the keys a cache

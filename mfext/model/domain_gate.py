@@ -74,7 +74,8 @@ class DomainGate(nn.Module):
         windows_BTEW = windows_BTEW * (back_W <= reach_BT[..., None])[:, :, None, :]
         features_BTC = F.gelu(self.convolution(windows_BTEW.flatten(2)))
         features_BTC = features_BTC * (reach_BT >= 0)[..., None]
-        hidden_BTH, sums = self._hidden(features_BTC, reach_BT, state.sums_MBC)
+        hidden = self._hidden if length > 1 else self._next_hidden
+        hidden_BTH, sums = hidden(features_BTC, reach_BT, state.sums_MBC)
         logits_BT = self.output(F.gelu(hidden_BTH)).squeeze(-1)
         return logits_BT, GateState(padded[:, padded.shape[1] - (width - 1) :].detach(), sums.detach())
 
@@ -115,6 +116,13 @@ class DomainGate(nn.Module):
         inside_BntH = (weights_BnttM / total_BntM[..., None, :]).flatten(3) @ passed_BnXH
         hidden_BntH = inside_BntH + (carried_BntM / total_BntM) @ begun_BnMH + self.hidden.bias
         return hidden_BntH.flatten(1, 2)[:, :length], sums_BMC.transpose(0, 1)
+
+    def _next_hidden(self, features_B1C: Tensor, reach_B1: Tensor, sums_MBC: Tensor) -> tuple[Tensor, Tensor]:
+        """What `_hidden` gives for one position, in few calls: a decoding step is bound by them."""
+        decays_M = features_B1C.new_tensor([1.0, *self.config.decays])
+        sums_MBC = features_B1C.transpose(0, 1) + decays_M[:, None, None] * (reach_B1 > 0) * sums_MBC
+        means_MBC = sums_MBC / self._totals(reach_B1, decays_M).permute(2, 0, 1)
+        return self.hidden(means_MBC.transpose(0, 1).flatten(1)).unsqueeze(1), sums_MBC
 
     def _totals(self, reach_Bnt: Tensor, decays_M: Tensor) -> Tensor:
         """What the weights of a document so far sum to (..., M); 1 before it begins."""

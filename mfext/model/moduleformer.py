@@ -112,17 +112,17 @@ class ModuleFormer(LanguageModel):
         offset = 0 if cache is None else cache.length
         cached_starts_B = None if cache is None else cache.starts_B
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
-        if (
-            cache is not None
-            and not (return_hidden or return_attentions or self.observed or self.masked)
-            and self._decodes(input_ids, positions, cache)
-        ):
-            return self._decode(input_ids, cache)
         gates = self._open_gates(input_ids, positions, cache)
         opened = self._open_generations(input_ids, gates)
         competing = tuple(
             self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.joins_softmax
         )
+        if (
+            cache is not None
+            and not (opened or competing or return_hidden or return_attentions or self.observed or self.masked)
+            and self._decodes(input_ids, positions, cache)
+        ):
+            return self._decode(input_ids, cache, gates)
         shared = Pass(positions, opened, competing, cache, return_attentions, self.observed)
         x_BTD = self._embed(input_ids, opened)
         routings: list[Routing] = []
@@ -143,7 +143,7 @@ class ModuleFormer(LanguageModel):
         return ModelOutput(
             self._head(x_BTD, opened),
             tuple(routings),
-            torch.stack(list(gates.values()), dim=-1) if gates else None,
+            _stacked(gates),
             tuple(hidden) if return_hidden else (),
             tuple(attentions) if return_attentions else (),
         )
@@ -155,14 +155,13 @@ class ModuleFormer(LanguageModel):
             yield block.attention, block.feedforward, (block.attention_norm, block.feedforward_norm)
 
     def _decodes(self, input_ids: Tensor, positions: Positions, cache: Cache) -> bool:
-        """Whether this is one token of one sequence through a model with nothing to train and nothing grown."""
+        """Whether this is one token of one sequence with nothing to train, that no generation is open on."""
         config = self.config
         simple = (
             input_ids.shape == (1, 1)
             and positions.starts_BT is None
             and cache.length < cache.capacity
             and not torch.is_grad_enabled()
-            and not config.generations
             and config.router == "mlp"
             and not torch.is_autocast_enabled(input_ids.device.type)
         )
@@ -173,7 +172,7 @@ class ModuleFormer(LanguageModel):
         torch_too = self.embedding.weight.dtype in (torch.float32, torch.float64) and not config.identity_keys_values
         return cache.compiled is not None or torch_too
 
-    def _decode(self, input_ids: Tensor, cache: Cache) -> ModelOutput:
+    def _decode(self, input_ids: Tensor, cache: Cache, gates: dict[int, Tensor]) -> ModelOutput:
         """One token: by the compiled step, which reports no routings, or by the shortest path through torch."""
         x_1D = F.embedding(input_ids[0], self.embedding.weight)
         routings: list[Routing] = []
@@ -189,7 +188,8 @@ class ModuleFormer(LanguageModel):
         cache.length += 1
         norm = self.final_norm
         normed_1D = F.layer_norm(x_1D, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return ModelOutput(F.linear(normed_1D, self.lm_head.weight).unsqueeze(0), tuple(routings))
+        logits_BTV = F.linear(normed_1D, self.lm_head.weight).unsqueeze(0)
+        return ModelOutput(logits_BTV, tuple(routings), _stacked(gates))
 
     def _open_gates(self, input_ids: Tensor, positions: Positions, cache: Cache | None) -> dict[int, Tensor]:
         """g (B, T) of every gated generation by number, computed once for the whole model."""
@@ -229,3 +229,8 @@ class ModuleFormer(LanguageModel):
                 change_MV = each.generation.head.apply_to(each.pick(x_BTD.flatten(0, 1)))
                 logits_BTV = each.add(logits_BTV.flatten(0, 1), change_MV).view_as(logits_BTV)
         return logits_BTV
+
+
+def _stacked(gates: dict[int, Tensor]) -> Tensor | None:
+    """g of every gated generation (B, T, G), None where there is none."""
+    return torch.stack(list(gates.values()), dim=-1) if gates else None

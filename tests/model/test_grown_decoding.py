@@ -143,3 +143,18 @@ def test_prompts_of_different_lengths_decode_as_they_would_alone(model: ModuleFo
         for _ in range(12):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
         assert row.tokens == tuple(ids[0, len(prompt) :].tolist())
+
+
+@torch.no_grad()
+def test_a_token_that_no_gate_opens_on_takes_the_shortest_path(model: ModuleFormer) -> None:
+    """Closed and open tokens in turn on one cache, in single precision, where the compiled step serves."""
+    if any(each.mode != "gated" for each in model.config.generations):
+        pytest.skip("only a gate closes a generation")
+    model, ids = model.float(), tokens(1, 70)
+    whole, cache = model(ids), model.new_cache(1, 70)
+    steps = [model(token, cache=cache) for token in ids.split(1, dim=1)]
+    assert cache.compiled is not None or cache.weights is not None
+    open_T = torch.cat([step.gates for step in steps if step.gates is not None], dim=1).amax(-1)[0] > 0
+    assert bool(open_T.any()) and not bool(open_T.all()), "the example must hold both kinds of token"
+    logits = torch.cat([step.logits for step in steps], dim=1)
+    torch.testing.assert_close(logits, whole.logits, rtol=1e-4, atol=1e-4 * float(whole.logits.abs().max()))
