@@ -11,11 +11,14 @@ import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mfext.errors import InputError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 # Which values a choice of a union is tried for; any other choice is a list.
 _TAKEN: Mapping[Any, type | tuple[type, ...]] = {str: str, int: (int, float)}
 
@@ -34,7 +37,7 @@ def from_mapping(cls: type[T], mapping: object, where: str = "") -> T:
     if not isinstance(mapping, Mapping):
         raise InputError(f"expected keys and values, got {_shown(mapping)}", where or cls.__name__)
     hints = get_type_hints(cls)
-    known = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         path = f"{where}.{key}" if where else str(key)
@@ -90,8 +93,8 @@ def _convert(hint: Any, value: object, path: str) -> Any:
         raise InputError("bad value", f"{path}={_shown(value)}", f"one of {choices}{_close(value, get_args(hint))}")
     if origin is tuple:
         return _convert_tuple(get_args(hint), value, path)
-    if dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value, path)  # type: ignore[arg-type]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, path)
     return _convert_scalar(hint, value, path)
 
 

@@ -43,7 +43,7 @@ class PublishedConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> PublishedConfig:
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})  # type: ignore[arg-type]
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
     @property
     def shared_identity(self) -> bool:

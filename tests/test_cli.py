@@ -41,7 +41,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, verb: str, act: Callable[[], None]
     found = find_verb(verb)
     assert found is not None
     module = types.ModuleType(found.module)
-    module.run = run  # type: ignore[attr-defined]
+    module.run = run
     monkeypatch.setitem(sys.modules, found.module, module)
     return seen
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,19 +66,20 @@ def config_from_published(mapping: Mapping[str, object]) -> ModelConfig:
     eos_id = _whole(mapping, "eos_token_id", 50256)
     # transformers writes null for a token that was never set.
     pad_id = eos_id if mapping.get("pad_token_id") is None else _whole(mapping, "pad_token_id")
+    values: dict[str, Any] = {
+        **sizes,
+        "router": _choice(mapping, "gate_type", "mlp"),
+        "d_router": _whole(mapping, "gating_size", 256),
+        "routing_loss": _choice(mapping, "aux_loss_type", "mi"),
+        "routing_loss_weight": _real(mapping, "aux_loss_weight", 0.0),
+        "init": "published",
+        "layer_norm_eps": _LAYER_NORM_EPS,
+        "bos_id": _whole(mapping, "bos_token_id", 50256),
+        "eos_id": eos_id,
+        "pad_id": pad_id,
+    }
     try:
-        return ModelConfig(
-            **sizes,  # type: ignore[arg-type]
-            router=_choice(mapping, "gate_type", "mlp"),  # type: ignore[arg-type]
-            d_router=_whole(mapping, "gating_size", 256),
-            routing_loss=_choice(mapping, "aux_loss_type", "mi"),  # type: ignore[arg-type]
-            routing_loss_weight=_real(mapping, "aux_loss_weight", 0.0),
-            init="published",
-            layer_norm_eps=_LAYER_NORM_EPS,
-            bos_id=_whole(mapping, "bos_token_id", 50256),
-            eos_id=eos_id,
-            pad_id=pad_id,
-        )
+        return ModelConfig(**values)
     except ValueError as error:
         raise InputError("impossible published config", "config.json", str(error)) from error
 

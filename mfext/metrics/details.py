@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mfext.conversion import from_mapping
 from mfext.errors import InputError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 Site = tuple[int, str]
 FIX = "measure the stage again"
 
@@ -76,7 +79,7 @@ def _entries(cls: type[T], holder: Mapping[str, Any], key: str, where: str) -> t
     entries = holder.get(key, ())
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise InputError("expected a list", f"{where}.{key}", FIX)
-    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    names = {field.name for field in fields(cls)}
     paths = [f"{where}.{key}[{number}]" for number in range(len(entries))]
     kept = [_mapping(entry, path) for entry, path in zip(entries, paths, strict=True)]
     plain = [{name: value for name, value in entry.items() if name in names} for entry in kept]

@@ -37,7 +37,7 @@ def compared(a: Report, b: Report) -> dict[str, Any]:
 def test_a_comparison_is_paired_on_every_common_domain(grown: Report, full: Report) -> None:
     data = compared(grown, full)
     assert set(data["domains"]) == {"letters", "digits"}
-    last_a, last_b = (made.data["matrix"]["nll_per_byte"][-1] for made in (grown, full))  # type: ignore[index]
+    last_a, last_b = (made.data["matrix"]["nll_per_byte"][-1] for made in (grown, full))
     entry = data["domains"]["letters"]
     assert {"a", "b", "difference", "low", "high"} <= entry.keys()
     assert (entry["a"], entry["b"]) == (last_a[0], last_b[0])
@@ -97,7 +97,7 @@ def test_a_broken_budget_shows_the_report_and_ends_with_5(grown: Report, capsys:
 
 
 def test_budgets_are_in_bits(grown: Report) -> None:
-    mean = grown.data["forgetting"]["mean"]["difference"] / LN2  # type: ignore[index]
+    mean = grown.data["forgetting"]["mean"]["difference"] / LN2
     for limit, passed in ((mean + 1e-9, True), (mean - 1e-9, False)):
         made = check.run(CheckRequest(run=run_of(grown), max_forgetting=limit), QUIET)
         assert made.data["passed"] is passed
@@ -158,7 +158,7 @@ def test_a_budget_that_is_no_number_is_refused() -> None:
 @pytest.mark.parametrize(("form", "ending"), [("csv", ".csv"), ("latex", ".tex")])
 def test_a_report_writes_its_tables_into_the_run(grown: Report, form: str, ending: str) -> None:
     made = report.run(ReportRequest(run=run_of(grown), format=form), QUIET)
-    tables = [Path(str(name)) for name in made.data["tables"]]  # type: ignore[attr-defined]
+    tables = [Path(str(name)) for name in made.data["tables"]]
     assert {path.name for path in tables} >= {f"before_and_after{ending}", f"cost{ending}"}
     assert all(path.parent == Path(run_of(grown)) / "tables" and path.stat().st_size for path in tables)
     # The run is still a run, and rebuilding its report without tables leaves the same numbers.

@@ -50,7 +50,7 @@ def stream(world: World, out: str, *overrides: str, domains: tuple[Path, ...] = 
 @pytest.mark.parametrize("method", [name for name in get_args(MethodName) if name != "grow"])
 def test_every_method_learns_a_stream_and_reports_it(world: World, method: str) -> None:
     report = run(stream(world, method, f"method={method}"), QUIET)
-    rows = report.data["matrix"]["nll_per_byte"]  # type: ignore[index]
+    rows = report.data["matrix"]["nll_per_byte"]
     assert report.data["finished"] is True
     assert len(rows) == (3 if method == "joint" else 4)
     assert all(value is not None for row in rows for value in row)
@@ -87,10 +87,10 @@ def test_row_0_is_the_random_weights_without_a_base_and_the_base_with_one(world:
     base = str(first.data["model"])
     named = stream(world, "with", "method=full", f"base='{base}'", domains=(world.digits,))
     second = run(named, QUIET)
-    rows = [each.data["matrix"]["nll_per_byte"] for each in (first, second)]  # type: ignore[index]
+    rows = [each.data["matrix"]["nll_per_byte"] for each in (first, second)]
     assert len(rows[0]) == 4 and len(rows[1]) == 2
-    assert dict(zip(first.data["domains"], rows[0][-1], strict=True)) == dict(  # type: ignore[call-overload]
-        zip(second.data["domains"], rows[1][0], strict=True)  # type: ignore[call-overload]
+    assert dict(zip(first.data["domains"], rows[0][-1], strict=True)) == dict(
+        zip(second.data["domains"], rows[1][0], strict=True)
     )
 
 
@@ -108,7 +108,7 @@ def test_a_bystander_is_measured_and_never_counts_as_old(world: World) -> None:
 def test_a_domain_may_come_again(world: World) -> None:
     again = (world.letters, world.digits, world.capitals, world.digits)
     report = run(stream(world, "again", domains=again), QUIET)
-    names = [stage["name"] for stage in report.data["stages"]]  # type: ignore[attr-defined]
+    names = [stage["name"] for stage in report.data["stages"]]
     assert names == ["random", "letters", "digits", "capitals", "digits-2"]
     assert report.data["learned_in"] == {"letters": 1, "digits": 4, "capitals": 3}
     assert report.data["frozen_ok"] is True
@@ -170,13 +170,9 @@ def test_a_stream_killed_inside_a_stage_and_between_two_ends_with_the_same_bits(
         words = ["continual", "--resume", str(out)] if is_run_folder(out) else begin
         kill_when(start(server, words, log), ripe)
     assert finish(start(server, ["continual", "--resume", str(out)], log)) == 0, log.read_text()
-    assert (
-        [stage.manifest.metadata["lineage"][-1]["sha256"] for stage in stages_of(out)[2:]]
-        == [  # type: ignore[index]
-            stage.manifest.metadata["lineage"][-1]["sha256"]  # type: ignore[index]
-            for stage in stages_of(whole)[2:]
-        ]
-    )
+    assert [stage.manifest.metadata["lineage"][-1]["sha256"] for stage in stages_of(out)[2:]] == [
+        stage.manifest.metadata["lineage"][-1]["sha256"] for stage in stages_of(whole)[2:]
+    ]
     assert measurements(out) == measurements(whole)
 
 

@@ -55,7 +55,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 
 def losses(data: dict[str, object], row: int) -> dict[str, float]:
-    return dict(zip(data["domains"], data["matrix"]["nll_per_byte"][row], strict=True))  # type: ignore[call-overload,index]
+    return dict(zip(data["domains"], data["matrix"]["nll_per_byte"][row], strict=True))
 
 
 def test_the_newest_generation_leaves_the_model_before_it_and_comes_back(
@@ -71,15 +71,15 @@ def test_the_newest_generation_leaves_the_model_before_it_and_comes_back(
     assert data["masked_difference"] == 0 and data["dropped"] == ["capitals"]
     # The same losses as that model has, and the new domain is worse off without its experts.
     before, after = losses(data, 0), losses(data, 1)
-    row = losses(grown_twice.data, 2)  # type: ignore[arg-type]
+    row = losses(grown_twice.data, 2)
     assert {name: after[name] for name in ("letters", "digits")} == {name: row[name] for name in ("letters", "digits")}
     assert after["capitals"] > before["capitals"]
-    (whole, point) = data["curve"]  # type: ignore[misc]
+    (whole, point) = data["curve"]
     assert point["dropped"] == ["capitals"] and point["params"] == data["params_after"] < whole["params"]
     assert point["nll_per_byte"] == pytest.approx(after)
     # What the folder says it knows: no longer capitals, and how it came about.
-    assert [each["name"] for each in left.metadata["domains"]] == ["letters", "digits"]  # type: ignore[attr-defined,index]
-    entry = left.metadata["lineage"][-1]  # type: ignore[index]
+    assert [each["name"] for each in left.metadata["domains"]] == ["letters", "digits"]
+    entry = left.metadata["lineage"][-1]
     assert entry["dropped"] == ["capitals"] and entry["method"] == "prune" and entry["sha256"] == left.sha256
     assert main(["restore", str(out), "--out", str(tmp_path / "whole"), "--json"]) == 0
     assert told(capsys)["equals_unpruned"] is True
@@ -100,7 +100,7 @@ def test_all_generations_leave_the_base_newest_first(
     data = told(capsys)
     base = open_model(stage(grown_twice, "letters"))
     assert open_model(str(data["model"])).sha256 == base.sha256 and data["equals_earlier"]
-    assert [point.get("dropped") for point in data["curve"]] == [None, ["capitals"], ["capitals", "digits"]]  # type: ignore[attr-defined]
+    assert [point.get("dropped") for point in data["curve"]] == [None, ["capitals"], ["capitals", "digits"]]
 
 
 def test_a_generation_in_the_middle_leaves_with_its_price_measured(

@@ -70,13 +70,13 @@ def stage_of(report: Report, name: str) -> Path:
 def test_a_pruning_tells_what_was_kept_what_it_cost_and_that_it_is_proven(pruned: Report) -> None:
     data = pruned.data
     assert data["finished"] and data["equals_masked"] and data["restores_exactly"]
-    assert [stage["name"] for stage in data["stages"]] == ["base", "pruned", "healed"]  # type: ignore[attr-defined]
-    assert data["kept"] + data["removed"] == data["experts"]  # type: ignore[operator]
+    assert [stage["name"] for stage in data["stages"]] == ["base", "pruned", "healed"]
+    assert data["kept"] + data["removed"] == data["experts"]
     before, after = open_model(stage_of(pruned, "base")), open_model(stage_of(pruned, "pruned"))
     assert data["params_before"] == sum(each.numel() for each in before.model.parameters())
-    assert data["params_after"] == sum(each.numel() for each in after.model.parameters()) < data["params_before"]  # type: ignore[operator]
-    assert data["after"]["disk_bytes"] < data["before"]["disk_bytes"]  # type: ignore[index]
-    assert data["after"]["decode_tokens_per_s"] > 0  # type: ignore[index]
+    assert data["params_after"] == sum(each.numel() for each in after.model.parameters()) < data["params_before"]
+    assert data["after"]["disk_bytes"] < data["before"]["disk_bytes"]
+    assert data["after"]["decode_tokens_per_s"] > 0
     curve = data["curve"]
     assert isinstance(curve, list)
     assert [(point["criterion"], point["keep"]) for point in curve] == [
@@ -89,13 +89,13 @@ def test_a_pruning_tells_what_was_kept_what_it_cost_and_that_it_is_proven(pruned
         assert rise["difference"] == pytest.approx(point["nll_per_byte"]["digits"] - curve[0]["nll_per_byte"]["digits"])
         assert rise["low"] <= rise["difference"] <= rise["high"]
     assert any("same bits" in line for line in pruned.verdict)
-    assert data["learned"] == {} and "digits" in data["forgetting"]["domains"], "healing is no lesson"  # type: ignore[index]
+    assert data["learned"] == {} and "digits" in data["forgetting"]["domains"], "healing is no lesson"
 
 
 def test_a_real_pruning_fills_the_page_of_a_sweep(pruned: Report) -> None:
     trial = {"id": "a", "state": "done", "run": "trials/a", "error": None, "overrides": {"domain": "x/digits"}}
     report = sweep_report(with_groups({"verb": "prune", "axes": {}, "trials": [{**trial, "data": pruned.data}]}))
-    kept = percent(pruned.data["kept"] / pruned.data["experts"])  # type: ignore[operator]
+    kept = percent(pruned.data["kept"] / pruned.data["experts"])
     assert report.verdict[0].startswith(f"on digits frozen keeps {kept} of the experts, loss ")
     assert "drawn by lot" in report.verdict[1]
     titles = [section.title for section in report.sections]
@@ -127,8 +127,8 @@ def test_a_pruned_model_is_evaluated_inspected_and_generates(
     words = ["eval", "--model", model, "--domain", str(world.digits), "--json", "-q", "--device", "cpu"]
     assert main([*words, "evaluation.window=64", "evaluation.max_bytes=2048"]) == 0
     loss = json.loads(capsys.readouterr().out)["domains"]["digits"]
-    row = pruned.data["matrix"]["nll_per_byte"][1]  # type: ignore[index]
-    at = list(pruned.data["domains"]).index("digits")  # type: ignore[call-overload]
+    row = pruned.data["matrix"]["nll_per_byte"][1]
+    at = list(pruned.data["domains"]).index("digits")
     assert loss["nll_nats"] / loss["bytes"] == pytest.approx(row[at])
 
 
@@ -154,8 +154,8 @@ def test_fine_tuning_comes_first_and_a_bound_finds_the_fewest_experts(world: Wor
         "pruning=usage",
     )
     data = prune(recipe, QUIET).data
-    assert [stage["name"] for stage in data["stages"]] == ["base", "digits", "pruned"]  # type: ignore[attr-defined]
-    tuned, smaller = (row[list(data["domains"]).index("digits")] for row in data["matrix"]["nll_per_byte"][1:])  # type: ignore[call-overload,index]
+    assert [stage["name"] for stage in data["stages"]] == ["base", "digits", "pruned"]
+    tuned, smaller = (row[list(data["domains"]).index("digits")] for row in data["matrix"]["nll_per_byte"][1:])
     assert smaller <= tuned * 1.5
     assert data["criterion"] == "usage"
 
@@ -199,7 +199,7 @@ def test_a_grown_model_keeps_the_old_and_new_experts_that_the_new_domain_uses(
     assert [point["criterion"] for point in data["curve"] if "digits" in point["increase"]] == [
         "contribution",
         "random",
-    ]  # type: ignore[attr-defined]
+    ]
 
 
 def used(recipe: Recipe) -> EvaluationConfig:

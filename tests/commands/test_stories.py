@@ -178,7 +178,7 @@ def test_a_plain_lightning_script_trains_grows_and_takes_off(world: World, tmp_p
 
     def fit() -> None:
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        trainer = lightning.Trainer(max_steps=4, accelerator="cpu", logger=False, **quiet)  # type: ignore[arg-type]
+        trainer = lightning.Trainer(max_steps=4, accelerator="cpu", logger=False, **quiet)
         trainer.fit(module, loader)
 
     fit()
@@ -221,9 +221,9 @@ def test_inspect_accounts_for_every_parameter(
     assert list(owners) == ["base", "digits", "capitals"]
     assert sum(each["total"] for each in owners.values()) == params["total"]
     assert params["total"] == sum(parameter.numel() for parameter in model.parameters())
-    assert [site["experts"] for site in data["sites"][:2]] == [[3, 4, 4], [4, 4, 4]]  # type: ignore[index]
-    assert [each["name"] for each in data["domains"]] == ["letters", "digits", "capitals"]  # type: ignore[attr-defined]
-    assert [each["method"] for each in data["lineage"]] == ["pretrain", "grow", "grow"]  # type: ignore[attr-defined]
+    assert [site["experts"] for site in data["sites"][:2]] == [[3, 4, 4], [4, 4, 4]]
+    assert [each["name"] for each in data["domains"]] == ["letters", "digits", "capitals"]
+    assert [each["method"] for each in data["lineage"]] == ["pretrain", "grow", "grow"]
     assert main(["inspect", "--model", str(grown_twice.data["run"])]) == 0
     assert "2 generations beyond its base" in capsys.readouterr().out
 

@@ -349,7 +349,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
         return Report("grow", {"answer": 42}, "grow")
 
     module = types.ModuleType("mfext.commands.grow")
-    module.run = command  # type: ignore[attr-defined]
+    module.run = command
     monkeypatch.setitem(sys.modules, "mfext.commands.grow", module)
     return made
 

@@ -49,7 +49,7 @@ def race(place: Path, act: object) -> list[int]:
     def child(number: int) -> tuple[int, int]:
         def body(pipe: int) -> None:
             os.read(gate_reading, 1)
-            act(place, number)  # type: ignore[operator]
+            act(place, number)
 
         return fork(body)
 

@@ -122,7 +122,7 @@ def test_gradients_reach_the_new_generation_and_nothing_else(growth: GrowthConfi
         parameter.requires_grad_(True)
     output = model(tokens())
     loss = language_loss(output.logits[:, :-1], tokens()[:, 1:]) + routing_loss(output.routings, None, "mi")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     learned = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
     assert all(name.startswith("generations.0.") for name in learned)
     wanted = {

@@ -164,7 +164,7 @@ def test_smaller_budgets_keep_part_of_what_larger_ones_keep_and_never_too_few(bu
     total = sum(num_experts(config, key) for key in least)
     larger = None
     for keep in (1.0, 0.93, 0.8, 0.7, 0.61):
-        settings = replace(HALF, keep=keep, budget=budget)  # type: ignore[arg-type]
+        settings = replace(HALF, keep=keep, budget=budget)
         plan = plan_pruning(config, values, settings)
         reordered = {key: values[key] for key in reversed(values)}
         assert plan == plan_pruning(config, reordered, settings)
@@ -218,7 +218,7 @@ def test_a_target_is_never_passed_and_used_as_far_as_whole_experts_go(budget: st
     least = sum(fewest_experts(config, key) * weight for key, weight in weights.items())
     most = sum(num_experts(config, key) * weight for key, weight in weights.items())
     for target in (least, least + 5000, most - 1, most):
-        settings = replace(HALF, unit="parameters", target=float(target), budget=budget)  # type: ignore[arg-type]
+        settings = replace(HALF, unit="parameters", target=float(target), budget=budget)
         plan = plan_pruning(config, random_scores(config, 1), settings)
         staying = sum(len(experts) * weights[key] for key, experts in kept(plan).items())
         assert staying <= target
@@ -441,7 +441,7 @@ def test_a_pruned_model_trains_and_only_where_it_did_before() -> None:
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == chosen
     output = model(tokens())
     loss = language_loss(output.logits[:, :-1], tokens()[:, 1:]) + routing_loss(output.routings, None, "mi")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name in chosen)
 
 

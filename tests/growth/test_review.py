@@ -139,4 +139,4 @@ def test_a_review_says_what_it_lacks() -> None:
 @pytest.mark.parametrize("wrong", [{"steps": -1}, {"batch_size": 1}, {"probe_share": 1.0}, {"learning_rate": 0.0}])
 def test_a_review_that_makes_no_sense_is_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        replace(SETTINGS, **wrong)  # type: ignore[arg-type]
+        replace(SETTINGS, **wrong)

@@ -21,7 +21,7 @@ def forward_and_gradients(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
     out = op(*leaves)
     weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     out.backward(weighting.to(out.dtype))
-    return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:

@@ -103,7 +103,7 @@ class Counted:
 
     def __getitem__(self, grid: tuple[int, ...]) -> object:
         self.launches += 1
-        return self.kernel[grid]  # type: ignore[index]
+        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -140,7 +140,7 @@ def test_only_the_gates_gradient_is_right_without_the_others() -> None:
             leaf = gates.clone().requires_grad_()
             op_of(name, 1, dispatch, backend)(x, leaf, *weights).square().sum().backward()
             results.append([leaf.grad])
-        assert_same(*results, relative_tolerance(torch.float32))  # type: ignore[arg-type]
+        assert_same(*results, relative_tolerance(torch.float32))
 
 
 @pytest.mark.parametrize("name", OPS)

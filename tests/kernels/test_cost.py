@@ -41,7 +41,7 @@ def tokens(batch: int = 2, length: int = 40) -> Tensor:
 
 def made(**changes: object) -> ModuleFormer:
     torch.manual_seed(0)
-    return ModuleFormer(replace(TINY, **changes))  # type: ignore[arg-type]
+    return ModuleFormer(replace(TINY, **changes))
 
 
 def grown(num_layers: int, growth: GrowthConfig) -> ModuleFormer:
@@ -157,12 +157,12 @@ def lasting(model: ModuleFormer) -> ModuleFormer:
     with torch.no_grad():
         for block in model.blocks:
             attention = block.attention
-            assert attention.key is not None  # type: ignore[union-attr]
-            attention.key.bias.fill_(-4.0)  # type: ignore[union-attr]
-            attention.experts.query.zero_()  # type: ignore[union-attr]
-            block.attention_norm.bias.fill_(1.0)  # type: ignore[union-attr]
-            attention.experts.query[:, 0].fill_(1.0)  # type: ignore[union-attr]
-            attention.key.weight.zero_()  # type: ignore[union-attr]
+            assert attention.key is not None
+            attention.key.bias.fill_(-4.0)
+            attention.experts.query.zero_()
+            block.attention_norm.bias.fill_(1.0)
+            attention.experts.query[:, 0].fill_(1.0)
+            attention.key.weight.zero_()
     return model
 
 
@@ -178,7 +178,7 @@ def test_training_is_at_most_quadratic_in_length_and_never_holds_a_square_of_it(
     work = {}
     for length in (1024, 2048):
         ids = tokens(1, length)
-        work[length] = counted(lambda ids=ids: loss_of(model, ids).backward())  # type: ignore[misc]
+        work[length] = counted(lambda ids=ids: loss_of(model, ids).backward())
         assert work[length].largest <= length * length / 2
         assert not [shape for shape in work[length].shapes if sum(size >= length for size in shape) > 1]
     assert work[1024].flops * 2 < work[2048].flops <= 4 * work[1024].flops, (

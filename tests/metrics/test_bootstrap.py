@@ -72,7 +72,7 @@ def test_the_mean_over_domains_weighs_domains_equally() -> None:
     st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e4), st.integers(1, 5000)), min_size=2, max_size=8),
     st.randoms(use_true_random=False),
 )
-def test_permuting_documents_leaves_every_bit_of_the_difference(documents, random) -> None:  # type: ignore[no-untyped-def]
+def test_permuting_documents_leaves_every_bit_of_the_difference(documents, random) -> None:
     def difference(order: list[tuple[float, float, int]]) -> float | None:
         nats_a, nats_b, sizes = zip(*order, strict=True)
         return mean_interval([PairedDocuments(nats_a, nats_b, sizes, "prose")], samples=2, seed=0).difference

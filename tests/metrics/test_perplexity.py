@@ -112,7 +112,7 @@ def test_every_position_is_scored_once_with_half_a_window_of_context(lengths: li
 
 @settings(deadline=None, max_examples=30)
 @given(DOCUMENTS, st.randoms(use_true_random=False))
-def test_permuting_documents_permutes_results_and_changes_no_sum(documents, random) -> None:  # type: ignore[no-untyped-def]
+def test_permuting_documents_permutes_results_and_changes_no_sum(documents, random) -> None:
     order = random.sample(range(len(documents)), len(documents))
     a, b = score(documents), score([documents[number] for number in order])
     assert b.document_nats == tuple(a.document_nats[number] for number in order)

@@ -221,7 +221,7 @@ def test_a_constant_matrix_forgets_learns_and_transfers_exactly_nothing(loss: fl
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(DOCUMENTS, min_size=4, max_size=4), LOSSES, st.randoms(use_true_random=False))
-def test_permuting_documents_and_renaming_and_permuting_domains_change_no_metric(documents, factor, random) -> None:  # type: ignore[no-untyped-def]
+def test_permuting_documents_and_renaming_and_permuting_domains_change_no_metric(documents, factor, random) -> None:
     domains = ["prose", "facts", "code", "german"]
     new = {"code": 1, "german": 2}
 

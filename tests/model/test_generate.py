@@ -195,7 +195,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
 )
 def test_a_wrong_setting_is_refused_with_key_value_and_rule(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{key}=.*must be"):
-        replace(Sampling(), **{key: value})  # type: ignore[arg-type]
+        replace(Sampling(), **{key: value})
 
 
 def test_prompts_that_cannot_be_continued_are_refused() -> None:

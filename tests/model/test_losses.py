@@ -50,8 +50,8 @@ def test_padding_changes_no_loss(kind: str, side: str) -> None:
     padded_ids = torch.cat([padding, ids] if side == "left" else [ids, padding], 1)
     mask = (padded_ids != TINY.pad_id).long()
     padded = model(padded_ids, attention_mask=mask)
-    expected = routing_loss(plain.routings, None, kind)  # type: ignore[arg-type]
-    torch.testing.assert_close(routing_loss(padded.routings, mask.bool(), kind), expected)  # type: ignore[arg-type]
+    expected = routing_loss(plain.routings, None, kind)
+    torch.testing.assert_close(routing_loss(padded.routings, mask.bool(), kind), expected)
 
 
 def test_language_loss_skips_ignored_targets() -> None:
@@ -63,7 +63,7 @@ def test_language_loss_skips_ignored_targets() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "gmm"])
 def test_permuting_experts_permutes_the_decision_and_nothing_else(kind: str) -> None:
-    router = Router(kind, 16, 6, 5).double()  # type: ignore[arg-type]
+    router = Router(kind, 16, 6, 5).double()
     router.reset_parameters(0.5)
     x = torch.randn(9, 16, dtype=torch.float64)
     order = torch.randperm(5)

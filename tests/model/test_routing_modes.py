@@ -120,6 +120,6 @@ def test_balance_beside_a_null_choice_is_balance_over_the_experts_alone(kind: st
 
 def test_the_balance_loss_pushes_no_token_to_or_from_the_null_choice() -> None:
     scores_NE = logits(64, 4).requires_grad_()
-    routing_loss([route(scores_NE, 2, SITE, has_null=True)], None, "mi").backward()  # type: ignore[no-untyped-call]
+    routing_loss([route(scores_NE, 2, SITE, has_null=True)], None, "mi").backward()
     assert scores_NE.grad is not None
     assert not scores_NE.grad[:, 3].any() and scores_NE.grad[:, :3].any()

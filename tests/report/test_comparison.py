@@ -234,5 +234,5 @@ def test_forgetting_that_may_be_none_is_said_to_be_so() -> None:
 
 def test_the_verdict_on_learning_says_how_far_the_intervals_reach() -> None:
     data = sweep_data(("grow", "full"))
-    worst = max(gap["high"] for gap in with_groups(data)["groups"][0]["learning_to"]["full"].values())  # type: ignore[index]
+    worst = max(gap["high"] for gap in with_groups(data)["groups"][0]["learning_to"]["full"].values())
     assert f"the 95 % intervals reach +{100 * worst:.1f}" in "\n".join(report_of(data).verdict)

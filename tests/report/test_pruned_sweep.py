@@ -114,7 +114,7 @@ def test_no_name_on_the_page_is_a_path_but_where_things_are() -> None:
     page = to_html(report)
     Page(page)
     assert page.count("../corpora/python_code") == 1
-    assert [group["name"] for group in report.data["groups"]][:2] == [  # type: ignore[attr-defined]
+    assert [group["name"] for group in report.data["groups"]][:2] == [
         "full domain=python_code",
         "full domain=german_prose",
     ]

@@ -27,7 +27,7 @@ def test_a_sealed_object_reads_back_and_any_changed_bit_is_seen(value: dict[str,
     for indent in (1, None):
         data = seal(value, indent=indent)
         assert unseal(data, "here", indent=indent) == value
-        place, bit = chance.randrange(len(data)), chance.randrange(8)  # type: ignore[attr-defined]
+        place, bit = chance.randrange(len(data)), chance.randrange(8)
         with pytest.raises(DamagedError):
             unseal(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :], "here", indent=indent)
 

@@ -38,7 +38,7 @@ Kinds = Literal["both", "attention", "feedforward"]
 
 
 def batch(**changes: object) -> Batch:
-    return replace(read_batch(RandomTokens(0, 1, 1, 0, 1)[0]), **changes)  # type: ignore[arg-type]
+    return replace(read_batch(RandomTokens(0, 1, 1, 0, 1)[0]), **changes)
 
 
 def output_of(model: ModuleFormer, read: Batch) -> ModelOutput:
@@ -163,4 +163,4 @@ def test_a_dense_model_is_refused() -> None:
 @pytest.mark.parametrize("wrong", [{"weight": 0.0}, {"rise_share": 1.5}, {"kinds": "router"}])
 def test_settings_without_meaning_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        ConcentrateConfig(**wrong)  # type: ignore[arg-type]
+        ConcentrateConfig(**wrong)

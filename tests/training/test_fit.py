@@ -164,7 +164,7 @@ def test_progress_of_another_base_seed_or_budget_is_refused(tmp_path: Path) -> N
         if change_base:
             with torch.no_grad():
                 module.model.lm_head.weight[0, 0] += 1.0
-        settings = replace(tiny_settings(tmp_path, training), **changes)  # type: ignore[arg-type]
+        settings = replace(tiny_settings(tmp_path, training), **changes)
         fit(module, TinyStream(), settings, commit=commits, resume=state)
 
     with pytest.raises(DamagedError, match="frozen tensors are not those"):

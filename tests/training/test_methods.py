@@ -171,7 +171,7 @@ class Constant(Full):
 
     value: float = 0.0
 
-    def penalty(self, model: nn.Module, output: ModelOutput, batch: Batch) -> Tensor:  # type: ignore[override]
+    def penalty(self, model: nn.Module, output: ModelOutput, batch: Batch) -> Tensor:
         return output.logits.new_tensor(self.value)
 
 

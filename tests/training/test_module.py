@@ -59,7 +59,7 @@ def trainer(**arguments: object) -> lightning.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return lightning.Trainer(accelerator="cpu", **(quiet | arguments))  # type: ignore[arg-type]
+    return lightning.Trainer(accelerator="cpu", **(quiet | arguments))
 
 
 def test_it_trains_under_a_plain_trainer_with_its_own_accumulation_and_clipping() -> None:
@@ -112,7 +112,7 @@ def test_a_non_finite_step_leaves_weights_and_optimizer_untouched(bad: tuple[int
 
 def _without(bad: tuple[int, ...]) -> DataLoader[Mapping[str, Tensor]]:
     kept = [RandomTokens(0, 6, 1, 0, 1)[index] for index in range(6) if index not in bad]
-    return DataLoader(kept, batch_size=None)  # type: ignore[arg-type]
+    return DataLoader(kept, batch_size=None)
 
 
 def test_ten_non_finite_steps_in_a_row_are_a_diverged_run() -> None:

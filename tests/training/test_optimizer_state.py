@@ -80,6 +80,6 @@ def test_matrices_decay_and_vectors_norms_and_embeddings_do_not() -> None:
 
 def test_a_wholly_frozen_model_is_refused() -> None:
     model = model_of("a")
-    freeze(model)  # type: ignore[arg-type]
+    freeze(model)
     with pytest.raises(InputError, match="nothing to train"):
         make_optimizer(model, TrainingConfig())

@@ -125,12 +125,12 @@ def tiny_training(steps: int = 8, **changes: object) -> TrainingConfig:
         "log_every_steps": 2,
         "commit_every_s": 1e9,
     }
-    return TrainingConfig(**(values | changes))  # type: ignore[arg-type]
+    return TrainingConfig(**(values | changes))
 
 
 def tiny_settings(folder: Path, training: TrainingConfig | None = None, **changes: object) -> FitSettings:
     values: dict[str, object] = {"log_folder": folder, "seed": 1, "stage": 1, "trainer": TrainerConfig(threads=1)}
-    return FitSettings(training or tiny_training(), **(values | changes))  # type: ignore[arg-type]
+    return FitSettings(training or tiny_training(), **(values | changes))
 
 
 def weights(module: ContinualModuleFormer) -> dict[str, Tensor]:
