@@ -79,7 +79,7 @@ def feedforward_norms(x_MD: Tensor, stacks: Sequence[FeedForwardExperts], routin
 def _norms(rows_RF: Tensor, stacks: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
     """Norms (M, K), at least fp32, of sorted rows times their expert's last matrix."""
     sorted_R = torch.arange(rows_RF.shape[0], device=rows_RF.device)
-    in_order = Dispatch(sorted_R, sorted_R, dispatch.sizes, sorted_R, len(sorted_R), 1, dispatch.num_experts)
+    in_order = Dispatch(sorted_R, sorted_R, sorted_R, dispatch.bounds_E1, len(sorted_R), 1)
     out_RD = gather_linear(rows_RF, stacks, in_order)
     dtype = torch.promote_types(out_RD.dtype, torch.float32)
     norms_R1 = torch.linalg.vector_norm(out_RD, dim=-1, keepdim=True, dtype=dtype)

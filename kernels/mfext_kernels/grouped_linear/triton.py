@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from mfext_kernels.grouped_linear.cpu import order_rows, sort_rows
 from mfext_kernels.grouped_linear.triton_kernels import (
     grad_rows_kernel,
     rows_kernel,
+    tiles_kernel,
     weights_kernel,
 )
 from mfext_kernels.routing import Dispatch
@@ -167,7 +167,7 @@ def _rows(given: _Rows, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor
     config = config_for("rows", given.x)
     depth, num_columns = _shape(weights[0], given.transposed)
     out = given.x.new_empty(dispatch.order_R.numel(), num_columns)
-    for weight, tiles in _launches(weights, dispatch, config, given.x):
+    for weight, tiles in _launches(weights, dispatch, config):
         num_column_tiles = triton.cdiv(num_columns, config.columns)
         rows_kernel[(tiles.shape[1] * num_column_tiles,)](
             given.x, weight, dispatch.tokens_R if given.gathered else None,
@@ -205,7 +205,7 @@ def _grad_rows(
     depth, num_columns = _shape(weights[0], True)
     num_column_tiles = triton.cdiv(num_columns, config.columns)
     parts = torch.empty(rows_RF.shape[0], num_column_tiles, device=grad_ND.device)
-    for weight, tiles in _launches(weights, dispatch, config, grad_ND):
+    for weight, tiles in _launches(weights, dispatch, config):
         grad_rows_kernel[(tiles.shape[1] * num_column_tiles,)](
             grad_ND, weight, dispatch.tokens_R, dispatch.order_R, gates_NK, tiles, rows_RF, back.active, back.grad_rows,
             parts, grad_ND.stride(0), *_strides(weight, True), depth, num_columns, tiles.shape[1], num_column_tiles,
@@ -224,7 +224,7 @@ def _grad_weights(
 ) -> list[Tensor | None]:
     """dW of every stack that needs it: the sum over an expert's rows of gate * left^T right."""
     config = config_for("weights", left.rows)
-    bounds, first = _bounds(dispatch.sizes, left.rows.device), 0
+    first = 0
     grads: list[Tensor | None] = []
     for weight, need in zip(weights, needed, strict=True):
         grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need else None
@@ -233,7 +233,7 @@ def _grad_weights(
             weights_kernel[(weight.shape[0] * tiles[0] * tiles[1],)](
                 left.rows, right.rows, dispatch.tokens_R if left.gathered else None,
                 dispatch.tokens_R if right.gathered else None, None if gates_NK is None else dispatch.order_R, gates_NK,
-                bounds[first:], grad, left.rows.stride(0), right.rows.stride(0), weight.shape[1], weight.shape[2],
+                dispatch.bounds_E1[first:], grad, left.rows.stride(0), right.rows.stride(0), weight.shape[1], weight.shape[2],
                 *tiles, **_constants(config),
             )  # fmt: skip
         grads.append(grad)
@@ -241,35 +241,29 @@ def _grad_weights(
     return grads
 
 
-def _launches(
-    weights: Sequence[Tensor], dispatch: Dispatch, config: Config, like: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each stack that has rows, with its tiles (3, tiles): expert in the stack, first row, one past the last."""
-    tables = _tiles(dispatch.sizes, tuple(weight.shape[0] for weight in weights), config.rows, like.device)
-    for weight, tiles in zip(weights, tables, strict=True):
-        if tiles.shape[1]:
-            yield weight, tiles
+def _launches(weights: Sequence[Tensor], dispatch: Dispatch, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each stack, with its tiles (3, tiles): expert in the stack, first row, one past the last; no rows beyond them.
+
+    There are as many columns as tiles at most: how many there are, the card alone knows.
+    """
+    first = 0
+    for weight in weights:
+        number, num_rows = weight.shape[0], dispatch.order_R.numel()
+        most = num_rows // config.rows + min(number, num_rows)
+        if number and most:
+            yield weight, _tiles(dispatch, first, number, config.rows, most)
+        first += number
 
 
-@lru_cache(maxsize=64)
-def _tiles(sizes: tuple[int, ...], stacks: tuple[int, ...], rows: int, device: torch.device) -> tuple[Tensor, ...]:
-    tables, first, number = [], 0, 0
-    for count in stacks:
-        lists: tuple[list[int], list[int], list[int]] = ([], [], [])
-        for expert, size in enumerate(sizes[number : number + count]):
-            for start in range(first, first + size, rows):
-                for column, value in zip(lists, (expert, start, first + size), strict=True):
-                    column.append(value)
-            first += size
-        number += count
-        tables.append(torch.tensor(lists, dtype=torch.int32).to(device))
-    return tuple(tables)
-
-
-@lru_cache(maxsize=64)
-def _bounds(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The first sorted row of every expert, and R."""
-    return torch.tensor((0, *sizes), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+def _tiles(dispatch: Dispatch, first: int, number: int, rows: int, most: int) -> Tensor:
+    tiles: Tensor | None = dispatch.tables.get((first, number, rows))
+    if tiles is None:
+        tiles = torch.zeros(3, most, dtype=torch.int32, device=dispatch.bounds_E1.device)
+        tiles_kernel[(number,)](
+            dispatch.bounds_E1[first:], tiles, most, ROWS=rows, EXPERTS=triton.next_power_of_2(number)
+        )
+        dispatch.tables[first, number, rows] = tiles
+    return tiles
 
 
 def _shape(weight: Tensor, transposed: bool) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 """Grouped linear maps on a GPU: one tiled product per stack, with gather, gelu and gate inside; no atomics.
 
 A stack of weights is a launch of its own, so stacks are never concatenated and a frozen one launches no gradient
-kernel. `tiles` lists a stack's tiles of sorted rows, none of which holds rows of two experts. Three kernels:
+kernel. `tiles` lists a stack's tiles of sorted rows, none of which holds rows of two experts, from the experts' bounds
+alone: nothing waits for the host to know how many rows an expert has. Programs beyond the last tile do nothing.
 
+    tiles_kernel      the list, one program an expert
     rows_kernel       act(x[row] W_e), times its gate, written in sorted or in token order
     grad_rows_kernel  with P = dy[token] W_e^T: the gate's gradient <active, P> and the rows' gate * P * gelu'
     weights_kernel    sum over an expert's rows of gate * left^T right, all of them in one program per tile of dW_e
@@ -70,11 +72,35 @@ def _tile(tiles, num_tiles, num_column_tiles, COLUMNS: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
+def _beyond(tiles, num_tiles, num_column_tiles):
+    """Whether this program's tile has no rows."""
+    return tl.load(tiles + 2 * num_tiles + tl.program_id(0) // num_column_tiles) == 0
+
+
+@triton.jit
+def tiles_kernel(bounds, tiles, most, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Program e writes expert e's tiles after those of the experts before it."""
+    expert = tl.program_id(0)
+    every = tl.arange(0, EXPERTS)
+    start = tl.load(bounds + every, mask=every < expert, other=0)
+    end = tl.load(bounds + every + 1, mask=every < expert, other=0)
+    tile = tl.sum((end - start + ROWS - 1) // ROWS, 0)
+    last = tl.load(bounds + expert + 1)
+    for first in range(tl.load(bounds + expert), last, ROWS):
+        tl.store(tiles + tile, expert)
+        tl.store(tiles + most + tile, first)
+        tl.store(tiles + 2 * most + tile, last)
+        tile += 1
+
+
+@triton.jit
 def rows_kernel(
     x, weight, tokens, order, gates, tiles, hidden, out, x_stride, expert_stride, depth_stride, column_stride,
     depth, num_columns, num_tiles, num_column_tiles,
     ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if _beyond(tiles, num_tiles, num_column_tiles):
+        return
     expert, rows, valid, columns = _tile(tiles, num_tiles, num_column_tiles, COLUMNS, ROWS)
     columns_in = columns < num_columns
     sources = rows
@@ -102,6 +128,8 @@ def grad_rows_kernel(
     grad_stride, expert_stride, depth_stride, column_stride, depth, num_columns, num_tiles, num_column_tiles,
     ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if _beyond(tiles, num_tiles, num_column_tiles):
+        return
     expert, rows, valid, columns = _tile(tiles, num_tiles, num_column_tiles, COLUMNS, ROWS)
     columns_in = columns < num_columns
     sources = tl.load(tokens + rows, mask=valid, other=0)

@@ -6,50 +6,69 @@ token n's k-th choice. There is one implementation: it is integer bookkeeping wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FEW_ROWS = 32
+SHORT = 1 << 15  # expert numbers that fit 16 bits sort in a quarter of the passes over the rows on a GPU
 
 
 @dataclass(frozen=True)
 class Dispatch:
     """Where each routed row goes. Row r of the sorted list is flat row `order_R[r]`.
 
-    `inverse_R[order_R[r]] == r`; `tokens_R == order_R // K`; `sizes[e]` rows belong to expert e,
-    and the rows of one expert keep the order of their tokens.
+    `inverse_R[order_R[r]] == r`; `tokens_R == order_R // K`; the rows from `bounds_E1[e]` to `bounds_E1[e + 1]` (int32)
+    belong to expert e and keep the order of their tokens. `tables`: what an implementation works out from these once.
     """
 
     order_R: Tensor
     inverse_R: Tensor
-    sizes: tuple[int, ...]
     tokens_R: Tensor
+    bounds_E1: Tensor
     num_tokens: int
     num_chosen: int
-    num_experts: int
+    tables: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_experts(self) -> int:
+        return self.bounds_E1.numel() - 1
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of every expert's rows, as integers: the first look waits for the device."""
+        return tuple(self.bounds_E1.diff().tolist())
 
 
 def make_dispatch(experts_NK: Tensor, num_experts: int) -> Dispatch:
-    """Sort the chosen experts (N, K), int64 in [0, num_experts), stably by expert.
+    """Sort the chosen experts (N, K), int64 in [0, num_experts), stably by expert; on a GPU without waiting for it.
 
-    Raises ValueError for another shape or dtype, or an expert outside the range.
+    Raises ValueError for another shape or dtype, or on the CPU an expert outside the range; on a GPU, where a look
+    would wait for the card, such a choice's result is undefined.
     """
     if experts_NK.dim() != 2 or experts_NK.dtype != torch.int64:
         raise ValueError(
             f"experts_NK: must be int64 of shape (N, K), not {experts_NK.dtype} of shape {tuple(experts_NK.shape)}"
         )
     num_tokens, num_chosen = experts_NK.shape
-    if experts_NK.numel() <= FEW_ROWS and experts_NK.device.type == "cpu":
+    on_cpu = experts_NK.device.type == "cpu"
+    if experts_NK.numel() <= FEW_ROWS and on_cpu:
         return _dispatch_few(experts_NK.reshape(-1).tolist(), (num_tokens, num_chosen), num_experts)
     with torch.no_grad():
-        chosen_R, order_R = torch.sort(experts_NK.reshape(-1), stable=True)
-        sizes = _sizes(chosen_R, num_experts)
+        flat_R = experts_NK.reshape(-1)
+        chosen_R, order_R = torch.sort(flat_R if on_cpu or num_experts > SHORT else flat_R.short(), stable=True)
+        if on_cpu and (int(chosen_R[0]) < 0 or int(chosen_R[-1]) >= num_experts):
+            raise ValueError(_out_of_range(num_experts, int(chosen_R[0]), int(chosen_R[-1])))
+        experts_E1 = torch.arange(num_experts + 1, dtype=chosen_R.dtype, device=chosen_R.device)
+        bounds_E1 = torch.searchsorted(chosen_R, experts_E1, out_int32=True)
         inverse_R = torch.empty_like(order_R)
         inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
         tokens_R = torch.div(order_R, num_chosen, rounding_mode="floor") if num_chosen > 1 else order_R
-    return Dispatch(order_R, inverse_R, sizes, tokens_R, num_tokens, num_chosen, num_experts)
+    return Dispatch(order_R, inverse_R, tokens_R, bounds_E1, num_tokens, num_chosen)
 
 
 def _dispatch_few(chosen: list[int], shape: tuple[int, int], num_experts: int) -> Dispatch:
@@ -62,14 +81,8 @@ def _dispatch_few(chosen: list[int], shape: tuple[int, int], num_experts: int) -
         inverse[flat] = row
         sizes[chosen[flat]] += 1
     table = torch.tensor([order, inverse, [flat // shape[1] for flat in order]], dtype=torch.int64)
-    order_R, inverse_R, tokens_R = table.unbind(0)
-    return Dispatch(order_R, inverse_R, tuple(sizes), tokens_R, *shape, num_experts)
-
-
-def _sizes(sorted_R: Tensor, num_experts: int) -> tuple[int, ...]:
-    if sorted_R.numel() and (int(sorted_R[0]) < 0 or int(sorted_R[-1]) >= num_experts):
-        raise ValueError(_out_of_range(num_experts, int(sorted_R[0]), int(sorted_R[-1])))
-    return tuple(torch.bincount(sorted_R, minlength=num_experts).tolist())
+    bounds_E1 = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+    return Dispatch(*table.unbind(0), bounds_E1, *shape)
 
 
 def _out_of_range(num_experts: int, least: int, greatest: int) -> str:
