@@ -82,19 +82,20 @@ def _count(config: ModelConfig, size: Size) -> int:
     return counts.total if size == "total" else counts.active_per_token
 
 
-def train_step(model: LanguageModel, ids_BT: Tensor, targets_BT: Tensor) -> Run:
-    """Forward, backward and fused AdamW of what requires a gradient."""
+def train_step(model: LanguageModel, ids_BT: Tensor, targets_BT: Tensor, micro_batches: int = 1) -> Run:
+    """Forward and backward, a micro-batch at a time, and fused AdamW of what requires a gradient."""
     weight, kind = model.config.routing_loss_weight, model.config.routing_loss
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        output = model(ids_BT)
-        loss = language_loss(output.logits, targets_BT)
-        if weight:
-            loss = loss + weight * routing_loss(output.routings, None, kind)
-        torch.autograd.backward(loss)
+        for ids, targets in zip(ids_BT.chunk(micro_batches), targets_BT.chunk(micro_batches), strict=True):
+            output = model(ids)
+            loss = language_loss(output.logits, targets)
+            if weight:
+                loss = loss + weight * routing_loss(output.routings, None, kind)
+            torch.autograd.backward(loss / micro_batches)
         optimizer.step()
 
     return step

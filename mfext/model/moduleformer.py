@@ -155,10 +155,11 @@ class ModuleFormer(LanguageModel):
             yield block.attention, block.feedforward, (block.attention_norm, block.feedforward_norm)
 
     def _decodes(self, input_ids: Tensor, positions: Positions, cache: Cache) -> bool:
-        """Whether this is one token of one sequence with nothing to train, that no generation is open on."""
+        """Whether this is one token of one sequence on the CPU with nothing to train, that no generation is open on."""
         config = self.config
         simple = (
             input_ids.shape == (1, 1)
+            and input_ids.device.type == "cpu"
             and positions.starts_BT is None
             and cache.length < cache.capacity
             and not torch.is_grad_enabled()

@@ -18,9 +18,13 @@ from torch import Tensor
 
 
 def applies(x_ND: Tensor, stacks: Sequence[Tensor]) -> bool:
-    """Whether this is one token, in a dtype that sums in itself (bf16 must sum in fp32), with nothing to train."""
+    """Whether this is one token on the CPU, in a dtype that sums in itself (bf16 must in fp32), with nothing to train.
+
+    On a GPU the choice of experts would have to come to the host first, and every launch after it would wait.
+    """
     return (
         x_ND.shape[0] == 1
+        and x_ND.device.type == "cpu"
         and x_ND.dtype == stacks[0].dtype
         and x_ND.dtype in (torch.float32, torch.float64)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_ND, *stacks)))

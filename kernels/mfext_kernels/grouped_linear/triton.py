@@ -233,8 +233,8 @@ def _grad_weights(
             weights_kernel[(weight.shape[0] * tiles[0] * tiles[1],)](
                 left.rows, right.rows, dispatch.tokens_R if left.gathered else None,
                 dispatch.tokens_R if right.gathered else None, None if gates_NK is None else dispatch.order_R, gates_NK,
-                dispatch.bounds_E1[first:], grad, left.rows.stride(0), right.rows.stride(0), weight.shape[1], weight.shape[2],
-                *tiles, **_constants(config),
+                dispatch.bounds_E1[first:], grad, left.rows.stride(0), right.rows.stride(0), weight.shape[1],
+                weight.shape[2], *tiles, **_constants(config),
             )  # fmt: skip
         grads.append(grad)
         first += weight.shape[0]
