@@ -102,7 +102,7 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[Backend], Op],
         return torch.randn(shape, device=device) * scale
 
     starts = torch.tensor([[0] * 70 + [80] * 63, [5] * 133], device=device)
-    for width in (20, 64, 128):
+    for width in (20, 64, 128, 320):
         qkv = [random(2, 133, 2, 1, width), random(2, 150, 1, width), random(2, 150, 1, width)]
         for name, first in (("attention", None), ("attention in documents", starts)):
             yield f"{name}, C {width}", lambda b, s=first: lambda q, k, v: stickbreaking_attention(q, k, v, s, b), qkv

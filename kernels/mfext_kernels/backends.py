@@ -16,20 +16,20 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (8, 0)
 
 
-def choose(backend: Backend | None, tensor: Tensor, fits: bool = True) -> Backend:
-    """`backend` itself, or for None: "triton" for CUDA tensors it can take (`fits`, dtype, card), else "cpu".
+def choose(backend: Backend | None, tensor: Tensor) -> Backend:
+    """`backend` itself, or for None: "triton" for CUDA tensors it can take (dtype, card), else "cpu".
 
     The "cpu" versions are torch alone and run on any device. Raises ValueError for a name that is none of the three,
     and where "triton" is forced on what it cannot take.
     """
     if backend is None:
-        if tensor.device.type != "cuda" or not fits or tensor.dtype not in TRITON_DTYPES:
+        if tensor.device.type != "cuda" or tensor.dtype not in TRITON_DTYPES:
             return "cpu"
         return "triton" if _importable() and _capability(tensor.device) >= OLDEST_CAPABILITY else "cpu"
     if backend not in ("reference", "cpu", "triton"):
         raise ValueError(f"backend={backend!r}: must be 'reference', 'cpu', 'triton' or None")
     if backend == "triton":
-        _check_triton(tensor, fits)
+        _check_triton(tensor)
     return backend
 
 
@@ -43,7 +43,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _check_triton(tensor: Tensor, fits: bool) -> None:
+def _check_triton(tensor: Tensor) -> None:
     if not _importable():
         raise ValueError("backend='triton': triton is not installed (it exists for Linux only); use backend='cpu'")
     if tensor.device.type != "cuda" and not interpreting():
@@ -53,8 +53,6 @@ def _check_triton(tensor: Tensor, fits: bool) -> None:
         )
     if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(f"backend='triton': takes fp32, fp16 and bf16, not {tensor.dtype}; use backend='cpu'")
-    if not fits:
-        raise ValueError("backend='triton': takes heads of at most 512 bytes; use backend='cpu'")
 
 
 @cache

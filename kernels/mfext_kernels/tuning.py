@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 Op = Literal[
-    "attention_forward", "attention_backward", "attention_decode", "rows", "grad_rows", "weights", "cross_entropy"
+    "attention_forward",
+    "attention_backward",
+    "attention_decode",
+    "wide_forward",
+    "wide_backward",
+    "wide_decode",
+    "rows",
+    "grad_rows",
+    "weights",
+    "cross_entropy",
 ]
 NARROW = 64  # numbers of a row
 
@@ -34,7 +43,15 @@ class Config:
 
 # Of an op: 16 bits a number in rows of at most 64 numbers; in wider rows; and 32 bits, which need the room of two.
 Sizes = tuple[Config, Config, Config]
+# A warp a row, so that a scan never leaves its warp; and where a pair has K rows alone, long tiles: few steps in turn.
+_WIDE, _WIDE_DECODE = Config(4, 256, 0, 4, 1), Config(1, 1024, 0, 4, 1)
+_WIDE_HEADS: Mapping[Op, Sizes] = {
+    "wide_forward": (_WIDE, _WIDE, _WIDE),
+    "wide_backward": (_WIDE, _WIDE, _WIDE),
+    "wide_decode": (_WIDE_DECODE, _WIDE_DECODE, _WIDE_DECODE),
+}
 _SMALL: Mapping[Op, Sizes] = {
+    **_WIDE_HEADS,
     "attention_forward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(64, 32, 0, 8, 1)),
     "attention_backward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(32, 32, 0, 8, 1)),
     "attention_decode": (Config(16, 64, 0, 4, 2), Config(16, 64, 0, 4, 1), Config(16, 32, 0, 4, 1)),
@@ -44,6 +61,7 @@ _SMALL: Mapping[Op, Sizes] = {
     "cross_entropy": (Config(1, 2048, 0, 4, 1), Config(1, 2048, 0, 4, 1), Config(1, 2048, 0, 4, 1)),
 }
 _LARGE: Mapping[Op, Sizes] = {
+    **_WIDE_HEADS,
     "attention_forward": (Config(128, 64, 0, 8, 3), Config(128, 64, 0, 8, 2), Config(64, 32, 0, 8, 2)),
     "attention_backward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(32, 32, 0, 8, 1)),
     "attention_decode": (Config(16, 128, 0, 4, 2), Config(16, 64, 0, 4, 2), Config(16, 32, 0, 4, 2)),
@@ -55,10 +73,14 @@ _LARGE: Mapping[Op, Sizes] = {
 # Tiny, so that small tests have several tiles in every direction, the last of them in part.
 _TINY = Config(16, 16, 16, 1, 1)
 _TINY_FORWARD = Config(32, 16, 0, 1, 1)  # other blocks of rows than backward's, so that neither relies on the other's
+_TINY_DECODE = Config(2, 32, 0, 1, 1)
 _INTERPRETER: Mapping[Op, Sizes] = {
     "attention_forward": (_TINY_FORWARD, _TINY_FORWARD, _TINY_FORWARD),
     "attention_backward": (_TINY, _TINY, _TINY),
     "attention_decode": (_TINY, _TINY, _TINY),
+    "wide_forward": (_TINY_FORWARD, _TINY_FORWARD, _TINY_FORWARD),
+    "wide_backward": (_TINY, _TINY, _TINY),
+    "wide_decode": (_TINY_DECODE, _TINY_DECODE, _TINY_DECODE),
     "rows": (_TINY, _TINY, _TINY),
     "grad_rows": (_TINY, _TINY, _TINY),
     "weights": (_TINY, _TINY, _TINY),

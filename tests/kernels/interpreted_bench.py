@@ -19,7 +19,10 @@ def checked(name: str, dtype: torch.dtype) -> list[str]:
     return [fault for number in chosen for fault in gpu.check(dtype, number, "cpu")]
 
 
-@pytest.mark.parametrize("name", ["decoding, C 20", "expert", "attention in documents, C 20"])
+@pytest.mark.parametrize(
+    "name",
+    ["decoding, C 20", "decoding, C 320", "expert", "attention in documents, C 20", "attention in documents, C 320"],
+)
 def test_the_bench_finds_no_fault_in_fp32(name: str) -> None:
     assert checked(name, torch.float32) == []
 

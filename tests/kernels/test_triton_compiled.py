@@ -15,7 +15,12 @@ import pytest
 
 from mfext_kernels.tuning import NARROW, Config, Op, pick
 
-OPS = ("stickbreaking", "grouped_linear", "fused_linear_cross_entropy")
+FILES = (
+    "stickbreaking.triton",
+    "stickbreaking.wide_heads",
+    "grouped_linear.triton",
+    "fused_linear_cross_entropy.triton",
+)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 CONFIG_OF: dict[str, Op] = {
     "forward_kernel": "attention_forward",
@@ -24,19 +29,22 @@ CONFIG_OF: dict[str, Op] = {
     "grad_keys_kernel": "attention_backward",
     "decode_kernel": "attention_decode",
     "join_kernel": "attention_decode",
+    "wide_forward_kernel": "wide_forward",
+    "wide_backward_kernel": "wide_backward",
     "rows_kernel": "rows",
     "grad_rows_kernel": "grad_rows",
     "weights_kernel": "weights",
     "cross_entropy_kernel": "cross_entropy",
 }
-FLOATS = {"sticks", "sums", "parts", "lefts", "grad_k", "grad_v", "grad_gates", "losses"}
+FLOATS = {"sticks", "sums", "parts", "lefts", "grad_k", "grad_v", "grad_gates", "losses", "scores", "grads"}
 LONGS = {"starts", "tokens", "order", "left_tokens", "right_tokens", "targets"}
 INTEGERS = {"first_tiles", "tiles", "bounds"}
 INPUTS = {"q", "k", "v", "out", "grad_out", "grad_q", "x", "weight", "gates", "hidden", "grad", "own_rows", "active"}
 MULTIPLES = {"k_batch", "k_key", "k_head", "v_batch", "v_key", "v_head", "x_stride", "grad_stride", "expert_stride"}
 MULTIPLES |= {"depth_stride", "column_stride", "left_stride", "right_stride", "row_stride"}
 MULTIPLES |= {"depth", "num_columns", "num_rows"}
-INPUTS |= {"grad_rows", "left", "right", "logits"}
+MULTIPLES |= {"weights_stride"}
+INPUTS |= {"grad_rows", "left", "right", "logits", "weights", "grad_logits"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,12 +56,12 @@ def _own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-def module_of(op: str) -> ModuleType:
-    return importlib.import_module(f"mfext_kernels.{op}.triton")
+def module_of(file: str) -> ModuleType:
+    return importlib.import_module(f"mfext_kernels.{file}")
 
 
 def kernel_of(name: str) -> Any:
-    (found,) = [vars(module_of(op))[name] for op in OPS if name in vars(module_of(op))]
+    (found,) = [vars(module_of(file))[name] for file in FILES if name in vars(module_of(file))]
     return found
 
 
@@ -74,16 +82,21 @@ def constants(config: Config, width: int, bare: bool) -> dict[str, object]:
     return values
 
 
-def compiled(name: str, capability: int, dtype: str, width: int = NARROW, bare: bool = False) -> Any:
+def compiled(
+    name: str, capability: int, dtype: str, width: int = NARROW, bare: bool = False, op: Op | None = None
+) -> Any:
+    """With the blocks of `op`, the kernel's own unless given; decoding has sizes of 1, which a launch compiles in."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = kernel_of(name)
-    config = pick(f"sm_{capability}", CONFIG_OF[name], 4 if dtype == "fp32" else 2, width)
+    config = pick(f"sm_{capability}", op or CONFIG_OF[name], 4 if dtype == "fp32" else 2, width)
     known = constants(config, width, bare)
     if name == "grad_rows_kernel" and bare:
         del known["tokens"], known["gates"]
+    if op == "wide_decode":
+        known |= dict.fromkeys(("CHOSEN", "heads", "length", "num_rows"), 1)
     if not bare:  # what a launch finds out by itself: side by side, and lengths and strides in multiples of 16
         known |= {"depth_stride" if name == "grad_rows_kernel" else "column_stride": 1}
     signature = {each: "constexpr" if each in known else type_of(each, dtype) for each in kernel.arg_names}
@@ -102,7 +115,7 @@ def compiled(name: str, capability: int, dtype: str, width: int = NARROW, bare: 
 
 
 def test_every_kernel_is_named_here() -> None:
-    names = {name for op in OPS for name in vars(module_of(op)) if name.endswith("_kernel")}
+    names = {name for file in FILES for name in vars(module_of(file)) if name.endswith("_kernel")}
     assert names == set(CONFIG_OF)
 
 
@@ -131,9 +144,16 @@ def test_attention_kernels_fit_with_wide_heads(name: str) -> None:
     assert built.metadata.shared <= SHARED_BYTES[80]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "bare"), [(80, "bf16", True), (90, "bf16", False), (86, "fp32", True)])
+def test_decoding_of_wide_heads_compiles_and_fits(capability: int, dtype: str, bare: bool) -> None:
+    built = compiled("wide_forward_kernel", capability, dtype, bare=bare, op="wide_decode")
+    assert built.metadata.shared <= SHARED_BYTES[capability]
+
+
 def test_no_kernel_uses_atomics() -> None:
     """The order of every sum is fixed, so two runs give the same bits."""
-    for op in OPS:
-        file = module_of(op).__file__
+    for name in FILES:
+        file = module_of(name).__file__
         assert file is not None
-        assert not any("tl.atomic" in path.read_text() for path in Path(file).parent.glob("triton*.py"))
+        assert not any("tl.atomic" in path.read_text() for path in Path(file).parent.glob("*.py"))

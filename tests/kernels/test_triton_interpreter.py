@@ -63,13 +63,6 @@ def test_forcing_triton_where_it_cannot_run_says_what_to_do(
         stickbreaking_attention(q, k, k, None, "triton")
 
 
-def test_a_head_too_wide_for_registers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    q, k = torch.zeros(1, 2, 1, 1, 129), torch.zeros(1, 2, 1, 129)
-    with pytest.raises(ValueError, match="heads of at most 512 bytes"):
-        stickbreaking_attention(q, k, k, None, "triton")
-
-
 def test_the_gpu_bench_refuses_in_one_line_where_there_is_no_gpu() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "kernels" / "bench" / "gpu.py")]

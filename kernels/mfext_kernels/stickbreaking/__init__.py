@@ -6,7 +6,8 @@ Shapes: B batch, T queries, S keys (S >= T: query t sits at key index S-T+t), K 
 C head width. The K experts' queries share keys and values. Key j is visible to query i if
 starts[b, t] <= j <= i; `starts` are key indices, None means 0. A query whose start lies behind it gives
 exact zeros. Source: arXiv 2306.04640, section 3. fp32, float64; bf16 is computed in fp32. On CUDA (fp32, fp16, bf16)
-sums are fp32, and weights meet values in the inputs' dtype.
+sums are fp32, and weights meet values in the inputs' dtype; heads up to WIDEST_HEAD_BYTES are held in registers
+(triton.py), wider ones go through torch's products (wide_heads.py).
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import Tensor
 from mfext_kernels.backends import Backend, choose
 from mfext_kernels.stickbreaking import cpu, reference
 
-WIDEST_HEAD_BYTES = 512  # on a GPU, where a head is held in registers
+WIDEST_HEAD_BYTES = 512  # in registers, on a GPU
 
 
 def stickbreaking_attention(
     q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None = None, backend: Backend | None = None
 ) -> Tensor:
-    """Attend T queries per row to S shared keys and values -> o_BTKHC. Memory O(block * S), never T * T."""
+    """Attend T queries per row to S shared keys and values -> o_BTKHC. Memory is linear in S, never T * T."""
     batch, length, _, heads, width = _check_queries(q_BTKHC, 5)
     _check_keys(k_BSHC, v_BSHC, batch, heads, width)
     if k_BSHC.shape[1] < length:
@@ -59,11 +60,11 @@ def stickbreaking_decode_folded(q_XKC: Tensor, k_XSC: Tensor, v_XSC: Tensor) -> 
 
 
 def _implementation(backend: Backend | None, queries: Tensor) -> ModuleType:
-    chosen = choose(backend, queries, queries.shape[-1] * queries.element_size() <= WIDEST_HEAD_BYTES)
+    chosen = choose(backend, queries)
     if chosen == "triton":
-        from mfext_kernels.stickbreaking import triton
+        from mfext_kernels.stickbreaking import triton, wide_heads
 
-        return triton
+        return triton if queries.shape[-1] * queries.element_size() <= WIDEST_HEAD_BYTES else wide_heads
     return reference if chosen == "reference" else cpu
 
 

@@ -44,7 +44,7 @@ def _store(rows_at, rows, row_stride, valid, values, WIDTH: tl.constexpr, PADDED
 
 
 @triton.jit
-def _load_starts(starts, batch, rows, valid, length, CHOSEN: tl.constexpr):
+def load_starts(starts, batch, rows, valid, length, CHOSEN: tl.constexpr):
     """The first visible key of every row."""
     first_keys = tl.zeros_like(rows)
     if starts is not None:
@@ -63,7 +63,7 @@ def _odds_and_left(q, k, keys, positions, first_keys, valid, scale_log2, PRECISI
 
 
 @triton.jit
-def _break_stick(left, stick, KEYS: tl.constexpr):
+def break_stick(left, stick, KEYS: tl.constexpr):
     """The stick left after each key of the tile, the newest the last column; and after the whole tile."""
     after = tl.cumprod(left, 1, reverse=True) * stick[:, None]
     whole = tl.sum(tl.where(tl.arange(0, KEYS)[None, :] == 0, after, 0.0), 1)
@@ -89,7 +89,7 @@ def _block_of_rows(starts, heads, num_blocks, first_block, length, num_keys, CHO
     rows = (first_block + own) * ROWS + tl.arange(0, ROWS)
     valid = rows < length * CHOSEN
     positions = num_keys - length + rows // CHOSEN
-    return pair, own, batch, head, rows, valid, positions, _load_starts(starts, batch, rows, valid, length, CHOSEN)
+    return pair, own, batch, head, rows, valid, positions, load_starts(starts, batch, rows, valid, length, CHOSEN)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def forward_kernel(
             keys = (tile - step) * KEYS + tl.arange(0, KEYS)
             key_rows = _load(k_at, keys, k_key, keys < num_keys, WIDTH, PADDED)
             odds, left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)
-            after, stick = _break_stick(left, stick, KEYS)
+            after, stick = break_stick(left, stick, KEYS)
             values = _load(v_at, keys, v_key, keys < num_keys, WIDTH, PADDED)
             summed += tl.dot((after * odds).to(values.dtype), values, input_precision=PRECISION)
         tile -= count
@@ -147,7 +147,7 @@ def sticks_kernel(
             keys = (tile - step) * KEYS + tl.arange(0, KEYS)
             key_rows = _load(k_at, keys, k_key, keys < num_keys, WIDTH, PADDED)
             left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)[1]
-            stick = _break_stick(left, stick, KEYS)[1]
+            stick = break_stick(left, stick, KEYS)[1]
         tile -= count
         most_left = tl.max(tl.where(first_keys < (tile + 1) * KEYS, stick, 0.0))
     tl.store(first_tiles + pair * num_blocks + own, tile + 1)
@@ -177,7 +177,7 @@ def grad_queries_kernel(
         keys = tile * KEYS + tl.arange(0, KEYS)
         key_rows = _load(k_at, keys, k_key, keys < num_keys, WIDTH, PADDED)
         odds, left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)
-        after = _break_stick(left, tl.load(sticks + carried), KEYS)[0]
+        after = break_stick(left, tl.load(sticks + carried), KEYS)[0]
         values = _load(v_at, keys, v_key, keys < num_keys, WIDTH, PADDED)
         g = after * odds * tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         grad_logits = g - odds * left * (older[:, None] + tl.cumsum(g, 1))
@@ -214,12 +214,12 @@ def grad_keys_kernel(
             rows = (first_block + own) * ROWS + tl.arange(0, ROWS)
             valid = rows < length * CHOSEN
             positions = num_keys - length + rows // CHOSEN
-            first_keys = _load_starts(starts, batch, rows, valid, length, CHOSEN)
+            first_keys = load_starts(starts, batch, rows, valid, length, CHOSEN)
             queries = _load(q + at, rows, heads * WIDTH, valid, WIDTH, PADDED)
             grads = _load(grad_out + at, rows, heads * WIDTH, valid, WIDTH, PADDED)
             carried = ((pair.to(tl.int64) * num_tiles + tile) * num_blocks + own) * ROWS + tl.arange(0, ROWS)
             odds, left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)
-            after = _break_stick(left, tl.load(sticks + carried), KEYS)[0]
+            after = break_stick(left, tl.load(sticks + carried), KEYS)[0]
             weights = after * odds
             summed_v += tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)
             g = weights * tl.dot(grads, tl.trans(values), input_precision=PRECISION)
@@ -242,7 +242,7 @@ def decode_kernel(
     rows = tl.arange(0, ROWS)
     valid = rows < CHOSEN
     positions = tl.zeros_like(rows) + num_keys - 1
-    first_keys = _load_starts(starts, batch, rows, valid, 1, CHOSEN)
+    first_keys = load_starts(starts, batch, rows, valid, 1, CHOSEN)
     queries = _load(q + (batch * CHOSEN * heads + head) * WIDTH, rows, heads * WIDTH, valid, WIDTH, PADDED)
     k_at, v_at = k + batch * k_batch + head * k_head, v + batch * v_batch + head * v_head
     stick = tl.where(valid, 1.0, 0.0)
@@ -251,7 +251,7 @@ def decode_kernel(
         keys = (split * TILES + TILES - 1 - step) * KEYS + tl.arange(0, KEYS)
         key_rows = _load(k_at, keys, k_key, keys < num_keys, WIDTH, PADDED)
         odds, left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)
-        after, stick = _break_stick(left, stick, KEYS)
+        after, stick = break_stick(left, stick, KEYS)
         values = _load(v_at, keys, v_key, keys < num_keys, WIDTH, PADDED)
         summed += tl.dot((after * odds).to(values.dtype), values, input_precision=PRECISION)
     at = tl.program_id(0).to(tl.int64) * CHOSEN
