@@ -106,7 +106,9 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[Backend], Op],
         qkv = [random(2, 133, 2, 1, width), random(2, 150, 1, width), random(2, 150, 1, width)]
         for name, first in (("attention", None), ("attention in documents", starts)):
             yield f"{name}, C {width}", lambda b, s=first: lambda q, k, v: stickbreaking_attention(q, k, v, s, b), qkv
-        yield f"decoding, C {width}", lambda b: lambda q, k, v: decode(q, k, v, b), [qkv[0][:, 0], *qkv[1:]]
+        one = [qkv[0][:, 0], *qkv[1:]]
+        for name, ends in (("decoding", None), ("decoding in a cache's room", torch.tensor([3, 141], device=device))):
+            yield f"{name}, C {width}", lambda b, e=ends: lambda q, k, v: decode(q, k, v, b, e), one
     scores = torch.rand(75, 6, device=device)
     scores[:, 2] = -1.0
     dispatch = make_dispatch(scores.topk(2, dim=-1).indices, 6)
@@ -123,10 +125,10 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[Backend], Op],
     yield "head and cross-entropy", lambda b: lambda x, w: fused_linear_cross_entropy(x, w, targets, b), head
 
 
-def decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, backend: Backend) -> Tensor:
+def decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, backend: Backend, ends_B: Tensor | None) -> Tensor:
     """Without gradients, where decoding has kernels of its own."""
     with torch.no_grad():
-        return stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, None, backend)
+        return stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, None, backend, ends_B)
 
 
 def forward_and_gradients(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:

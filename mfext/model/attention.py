@@ -91,7 +91,7 @@ class ExpertAttention(nn.Module):
         """Attended values (B*T, K, A); one new position takes the decoding step."""
         if q_BTKHC.shape[1] == 1 and positions.offset > 0:
             starts_B = None if positions.starts_BT is None else positions.starts_BT[:, 0]
-            o_BTKHC = stickbreaking_decode(q_BTKHC[:, 0], k_BSHC, v_BSHC, starts_B)
+            o_BTKHC = stickbreaking_decode(q_BTKHC[:, 0], k_BSHC, v_BSHC, starts_B, ends_B=positions.ends_B)
         else:
             o_BTKHC = stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, positions.starts_BT)
         return o_BTKHC.reshape(-1, q_BTKHC.shape[2], self.config.d_attention)

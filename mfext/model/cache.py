@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mfext.model.decoding_step import LayerWeights
 from mfext.model.domain_gate import GateState
+from mfext.model.graphed_step import GraphedStep
 from mfext_kernels.decode_step import DecodeStep
 
 
@@ -18,7 +19,9 @@ class Cache:
     `keys_values` holds one (2, B, H, capacity, C) tensor per layer, heads outside positions: a step's products then
     read keys and values where they lie. `starts_B`: the absolute index where each row's current document began, None
     where all began at 0; `gates`: one state per gated generation; `weights` or `compiled`: what a decoding step
-    of one sequence prepares at its first token; `rotations` (2, capacity, C): a dense model's cosines and sines.
+    of one sequence prepares at its first token; `rotations` (2, capacity, C): a dense model's cosines and sines;
+    `steps`: forwards of one new token so far; `graphed`: a GPU's recorded step. While that is recorded, `filled_1`
+    holds the number of filled positions on the device, and all of the cache's room is read.
     """
 
     keys_values: list[Tensor]
@@ -28,6 +31,9 @@ class Cache:
     weights: tuple[LayerWeights, ...] | None = None
     compiled: DecodeStep | None = None
     rotations: Tensor | None = None
+    steps: int = 0
+    graphed: GraphedStep | None = None
+    filled_1: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -37,6 +43,8 @@ class Cache:
         """Store the new positions of one layer; return all keys and values so far: views (B, S, H, C)."""
         # Indexed, not unbound: autograd forbids writing through the views of one unbind.
         k_BSHC, v_BSHC = (self.keys_values[layer][which].transpose(1, 2) for which in (0, 1))
+        if self.filled_1 is not None:
+            return k_BSHC.index_copy_(1, self.filled_1, k_BTHC), v_BSHC.index_copy_(1, self.filled_1, v_BTHC)
         first, length = self.length, k_BTHC.shape[1]
         k_BSHC.narrow(1, first, length).copy_(k_BTHC)
         v_BSHC.narrow(1, first, length).copy_(v_BTHC)

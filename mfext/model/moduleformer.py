@@ -9,6 +9,7 @@ later add to this without touching any of its tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mfext.model.decoding_step import LayerWeights, attend, feed_forward
 from mfext.model.feedforward import ExpertFeedForward
 from mfext.model.forward_pass import Pass
 from mfext.model.generation import Generation, NormChange, OpenTokens
+from mfext.model.graphed_step import GraphedStep, records
 from mfext.model.initialisation import initialise
 from mfext.model.language_model import LanguageModel, ModelOutput
 from mfext.model.positions import Positions
@@ -96,7 +98,7 @@ class ModuleFormer(LanguageModel):
         """An empty decoding cache with room for `capacity` positions."""
         weight = self.embedding.weight
         shape = (2, batch_size, self.config.num_heads, capacity, self.config.d_head)
-        return Cache([weight.new_empty(shape) for _ in self.blocks])
+        return Cache([weight.new_zeros(shape) for _ in self.blocks])
 
     def forward(
         self,
@@ -117,12 +119,13 @@ class ModuleFormer(LanguageModel):
         competing = tuple(
             self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.joins_softmax
         )
-        if (
-            cache is not None
-            and not (opened or competing or return_hidden or return_attentions or self.observed or self.masked)
-            and self._decodes(input_ids, positions, cache)
-        ):
-            return self._decode(input_ids, cache, gates)
+        if cache is not None and not (return_hidden or return_attentions or self.observed or self.masked):
+            if not (opened or competing) and self._decodes(input_ids, positions, cache):
+                return self._decode(input_ids, cache, gates)
+            if attention_mask is None and document_starts is None and records(self, input_ids, cache):
+                return self._replay(input_ids, cache)
+            if cache.filled_1 is not None:
+                positions = replace(positions, ends_B=(cache.filled_1 + 1).expand(len(input_ids)))
         shared = Pass(positions, opened, competing, cache, return_attentions, self.observed)
         x_BTD = self._embed(input_ids, opened)
         routings: list[Routing] = []
@@ -139,6 +142,7 @@ class ModuleFormer(LanguageModel):
         hidden[-1] = x_BTD
         if cache is not None:
             cache.length += input_ids.shape[1]
+            cache.steps += input_ids.shape[1] == 1
             cache.starts_B = None if positions.starts_BT is None else positions.starts_BT[:, -1]
         return ModelOutput(
             self._head(x_BTD, opened),
@@ -191,6 +195,14 @@ class ModuleFormer(LanguageModel):
         normed_1D = F.layer_norm(x_1D, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         logits_BTV = F.linear(normed_1D, self.lm_head.weight).unsqueeze(0)
         return ModelOutput(logits_BTV, tuple(routings), _stacked(gates))
+
+    def _replay(self, input_ids: Tensor, cache: Cache) -> ModelOutput:
+        """One token a row on a GPU, as it was recorded; no routings, which lie in the graph's own memory."""
+        if cache.graphed is None:
+            cache.graphed = GraphedStep(self, cache)
+        logits_BTV = cache.graphed(input_ids, cache.length)
+        cache.length += 1
+        return ModelOutput(logits_BTV, ())
 
     def _open_gates(self, input_ids: Tensor, positions: Positions, cache: Cache | None) -> dict[int, Tensor]:
         """g (B, T) of every gated generation by number, computed once for the whole model."""

@@ -14,11 +14,13 @@ class Positions:
 
     `starts_BT` are absolute indices of the first token a position may see (its document's
     first token, or the first token after left padding); None means 0 everywhere. A position
-    whose start lies behind it is padding and sees nothing.
+    whose start lies behind it is padding and sees nothing. `ends_B`, for one new position a row only: one past the
+    last key, where the keys are all of a cache's room.
     """
 
     offset: int
     starts_BT: Tensor | None
+    ends_B: Tensor | None = None
 
     @classmethod
     def of(

@@ -168,3 +168,12 @@ def test_a_gradient_kernel_one_per_cent_wrong_fails_the_comparison(name: str, mo
     monkeypatch.setattr(kernels, name, Wrong())
     with pytest.raises(AssertionError, match=r"gradient of input [012]: off by"):
         compare(random_inputs((1, 17, 17, 2, 1, 5)))
+
+
+@pytest.mark.parametrize("starts", [None, torch.tensor([0, 7, 30])])
+def test_decoding_in_a_caches_whole_room_is_decoding_over_what_is_filled(starts: Tensor | None) -> None:
+    q, k, v = torch.randn(3, 2, 1, 4), *torch.randn(2, 3, 150, 1, 4)
+    ends = torch.tensor([1, 131, 150])
+    one = stickbreaking_decode(q, k, v, starts, "triton", ends)
+    exact = stickbreaking_decode(q.double(), k.double(), v.double(), starts, "reference", ends)
+    assert_same([one], [exact], relative_tolerance(torch.float32))

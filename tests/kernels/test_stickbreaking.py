@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -228,3 +230,25 @@ def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None
         given["v"] = given["k"]
     with pytest.raises(ValueError, match=message):
         stickbreaking_attention(given["q"], given["k"], given["v"], given["starts"], given["backend"])
+
+
+@pytest.mark.parametrize("starts", [None, torch.tensor([0, 7, 30])])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_decoding_in_a_caches_whole_room_is_decoding_over_what_is_filled(
+    backend: Literal["cpu", "reference"], starts: Tensor | None
+) -> None:
+    q, k, v = torch.randn(3, 2, 2, 4), *torch.randn(2, 3, 50, 2, 4)
+    ends = torch.tensor([1, 31, 50])
+    fast = stickbreaking_decode(q, k, v, starts, backend, ends)
+    for row, end in enumerate(ends.tolist()):
+        start = None if starts is None else starts[row : row + 1]
+        alone = stickbreaking_decode(q[row : row + 1], k[row : row + 1, :end], v[row : row + 1, :end], start, backend)
+        torch.testing.assert_close(fast[row : row + 1], alone)
+
+
+def test_ends_of_another_shape_or_with_a_gradient_are_refused() -> None:
+    q, k, v = torch.randn(3, 2, 2, 4), *torch.randn(2, 3, 50, 2, 4)
+    with pytest.raises(ValueError, match=r"ends_B: must be \(3,\), not \(2,\)"):
+        stickbreaking_decode(q, k, v, ends_B=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="no gradient"):
+        stickbreaking_decode(q.requires_grad_(), k, v, ends_B=torch.tensor([1, 2, 3]))

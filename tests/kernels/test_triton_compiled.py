@@ -31,13 +31,14 @@ CONFIG_OF: dict[str, Op] = {
     "join_kernel": "attention_decode",
     "wide_forward_kernel": "wide_forward",
     "wide_backward_kernel": "wide_backward",
+    "tiles_kernel": "rows",
     "rows_kernel": "rows",
     "grad_rows_kernel": "grad_rows",
     "weights_kernel": "weights",
     "cross_entropy_kernel": "cross_entropy",
 }
 FLOATS = {"sticks", "sums", "parts", "lefts", "grad_k", "grad_v", "grad_gates", "losses", "scores", "grads"}
-LONGS = {"starts", "tokens", "order", "left_tokens", "right_tokens", "targets"}
+LONGS = {"starts", "ends", "tokens", "order", "left_tokens", "right_tokens", "targets"}
 INTEGERS = {"first_tiles", "tiles", "bounds"}
 INPUTS = {"q", "k", "v", "out", "grad_out", "grad_q", "x", "weight", "gates", "hidden", "grad", "own_rows", "active"}
 MULTIPLES = {"k_batch", "k_key", "k_head", "v_batch", "v_key", "v_head", "x_stride", "grad_stride", "expert_stride"}
@@ -75,10 +76,12 @@ def type_of(name: str, dtype: str) -> str:
 
 def constants(config: Config, width: int, bare: bool) -> dict[str, object]:
     values = {"CHOSEN": 2, "WIDTH": width, "PADDED": width, "ROWS": config.rows, "COLUMNS": config.columns}
-    values |= {"KEYS": config.columns, "DEPTH": config.depth, "PRECISION": "ieee", "TILES": 4}
+    values |= {"KEYS": config.columns, "DEPTH": config.depth, "PRECISION": "ieee", "TILES": 4, "EXPERTS": 32}
     values |= {"ADD": not bare, "ACTIVATE": not bare, "GRADIENT": not bare}
     if bare:  # every tensor that may be absent is
-        values |= dict.fromkeys(("starts", "tokens", "hidden", "active", "left_tokens", "right_tokens", "gates"))
+        values |= dict.fromkeys(
+            ("starts", "ends", "tokens", "hidden", "active", "left_tokens", "right_tokens", "gates")
+        )
     return values
 
 

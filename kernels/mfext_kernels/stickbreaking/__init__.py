@@ -41,15 +41,28 @@ def stickbreaking_attention(
 
 
 def stickbreaking_decode(
-    q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None = None, backend: Backend | None = None
+    q_BKHC: Tensor,
+    k_BSHC: Tensor,
+    v_BSHC: Tensor,
+    starts_B: Tensor | None = None,
+    backend: Backend | None = None,
+    ends_B: Tensor | None = None,
 ) -> Tensor:
-    """Attend one new position per row, whose own key is the last of the S -> o_BKHC."""
+    """Attend one new position per row -> o_BKHC; its own key is the last of the S, or the one before `ends_B`.
+
+    With `ends_B`, known to the device alone, the keys are a cache's whole room, what is not filled yet in zeros: a
+    recorded step's shapes then stay the same. It has no gradient.
+    """
     batch, _, heads, width = _check_queries(q_BKHC, 4)
     _check_keys(k_BSHC, v_BSHC, batch, heads, width)
     if starts_B is not None and starts_B.shape != (batch,):
         raise ValueError(f"starts_B: must be ({batch},), not {tuple(starts_B.shape)}")
+    if ends_B is not None and ends_B.shape != (batch,):
+        raise ValueError(f"ends_B: must be ({batch},), not {tuple(ends_B.shape)}")
+    if ends_B is not None and torch.is_grad_enabled() and any(each.requires_grad for each in (q_BKHC, k_BSHC, v_BSHC)):
+        raise ValueError("ends_B: is for decoding alone and has no gradient; call it under torch.no_grad()")
     q_BKHC, k_BSHC, v_BSHC = _same_dtype(q_BKHC, k_BSHC, v_BSHC)
-    o_BKHC: Tensor = _implementation(backend, q_BKHC).stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, starts_B)
+    o_BKHC: Tensor = _implementation(backend, q_BKHC).stickbreaking_decode(q_BKHC, k_BSHC, v_BSHC, starts_B, ends_B)
     return o_BKHC
 
 

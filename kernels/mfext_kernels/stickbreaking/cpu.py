@@ -34,8 +34,16 @@ def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, sta
     return applied(_Stickbreaking, q_BTKHC, k_BSHC, v_BSHC, starts_BT)
 
 
-def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None) -> Tensor:
+def stickbreaking_decode(
+    q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None, ends_B: Tensor | None = None
+) -> Tensor:
     """One query at the last key; under no_grad a few small products, else the blocked op with T = 1."""
+    if ends_B is not None:
+        # Nothing waits for a device here: keys that do not exist yet are moved before the row's first key.
+        room = k_BSHC.shape[1]
+        order_BS = (torch.arange(room, device=ends_B.device) + ends_B.unsqueeze(1)) % room
+        k_BSHC, v_BSHC = (each.take_along_dim(order_BS[:, :, None, None], 1) for each in (k_BSHC, v_BSHC))
+        starts_B = (0 if starts_B is None else starts_B.clamp(min=0)) + room - ends_B
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q_BKHC, k_BSHC, v_BSHC)):
         starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
         return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)

@@ -29,7 +29,13 @@ def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, sta
     return torch.einsum("bkhts,bshc->btkhc", weights_BKHTS, v_BSHC.to(exact)).to(q_BTKHC.dtype)
 
 
-def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None) -> Tensor:
-    """One query at the last key."""
+def stickbreaking_decode(
+    q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None, ends_B: Tensor | None = None
+) -> Tensor:
+    """One query at the last key, row by row where rows have different last keys."""
+    if ends_B is not None:
+        starts = [None] * len(q_BKHC) if starts_B is None else starts_B.split(1)
+        rows = zip(q_BKHC.split(1), k_BSHC.split(1), v_BSHC.split(1), starts, ends_B.tolist(), strict=True)
+        return torch.cat([stickbreaking_decode(q, k[:, :end], v[:, :end], start) for q, k, v, start, end in rows])
     starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
     return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)

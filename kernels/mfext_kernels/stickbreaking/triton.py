@@ -32,19 +32,21 @@ def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, sta
     return applied(_Stickbreaking, q_BTKHC, k_BSHC, v_BSHC, starts_BT)
 
 
-def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None) -> Tensor:
+def stickbreaking_decode(
+    q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None, ends_B: Tensor | None = None
+) -> Tensor:
     """One query at the last key; without gradients its keys are split among programs, so that few heads fill a card."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q_BKHC, k_BSHC, v_BSHC)):
         starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
         return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)
     call = _Call.of(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, None if starts_B is None else starts_B.unsqueeze(1))
-    return _decode(call).squeeze(1)
+    return _decode(call, ends_B).squeeze(1)
 
 
 def decode_folded(q_XKC: Tensor, k_XSC: Tensor, v_XSC: Tensor) -> Tensor:
     """o_XKC for X (batch, head) pairs, each a batch row of one head."""
     q_X1K1C = q_XKC.unsqueeze(2).unsqueeze(1)
-    return _decode(_Call.of(q_X1K1C, k_XSC.unsqueeze(2), v_XSC.unsqueeze(2), None)).view_as(q_XKC)
+    return _decode(_Call.of(q_X1K1C, k_XSC.unsqueeze(2), v_XSC.unsqueeze(2), None), None).view_as(q_XKC)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _backward(call: _Call, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _decode(call: _Call) -> Tensor:
+def _decode(call: _Call, ends_B: Tensor | None) -> Tensor:
     config = config_for("attention_decode", call.q, call.q.shape[-1])
     constants = call.constants(config) | {"ROWS": max(config.rows, triton.next_power_of_2(call.num_rows))}
     num_keys, heads = call.k.shape[1], call.k.shape[2]
@@ -166,7 +168,7 @@ def _decode(call: _Call) -> Tensor:
     joined = {name: constants[name] for name in ("CHOSEN", "WIDTH", "PADDED", "ROWS", "num_warps")}
     with on_device_of(out):
         decode_kernel[(call.pairs * num_splits,)](
-            call.q, call.k, call.v, call.starts, parts, lefts, *call.key_strides, *call.value_strides,
+            call.q, call.k, call.v, call.starts, ends_B, parts, lefts, *call.key_strides, *call.value_strides,
             num_keys, heads, num_splits, call.scale * LOG2_E, **constants, TILES=TILES_PER_SPLIT,
         )  # fmt: skip
         join_kernel[(call.pairs,)](parts, lefts, out, heads, num_splits, **joined)

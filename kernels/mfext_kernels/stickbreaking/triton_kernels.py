@@ -231,7 +231,7 @@ def grad_keys_kernel(
 
 @triton.jit
 def decode_kernel(
-    q, k, v, starts, parts, lefts, k_batch, k_key, k_head, v_batch, v_key, v_head,
+    q, k, v, starts, ends, parts, lefts, k_batch, k_key, k_head, v_batch, v_key, v_head,
     num_keys, heads, num_splits, scale_log2,
     CHOSEN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     TILES: tl.constexpr, PRECISION: tl.constexpr,
@@ -241,7 +241,10 @@ def decode_kernel(
     batch, head = (pair // heads).to(tl.int64), pair % heads
     rows = tl.arange(0, ROWS)
     valid = rows < CHOSEN
-    positions = tl.zeros_like(rows) + num_keys - 1
+    end = num_keys
+    if ends is not None:
+        end = tl.load(ends + batch).to(tl.int32)
+    positions = tl.zeros_like(rows) + end - 1
     first_keys = load_starts(starts, batch, rows, valid, 1, CHOSEN)
     queries = _load(q + (batch * CHOSEN * heads + head) * WIDTH, rows, heads * WIDTH, valid, WIDTH, PADDED)
     k_at, v_at = k + batch * k_batch + head * k_head, v + batch * v_batch + head * v_head
@@ -249,10 +252,10 @@ def decode_kernel(
     summed = tl.zeros([ROWS, PADDED], tl.float32)
     for step in range(TILES):
         keys = (split * TILES + TILES - 1 - step) * KEYS + tl.arange(0, KEYS)
-        key_rows = _load(k_at, keys, k_key, keys < num_keys, WIDTH, PADDED)
+        key_rows = _load(k_at, keys, k_key, keys < end, WIDTH, PADDED)
         odds, left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)
         after, stick = break_stick(left, stick, KEYS)
-        values = _load(v_at, keys, v_key, keys < num_keys, WIDTH, PADDED)
+        values = _load(v_at, keys, v_key, keys < end, WIDTH, PADDED)
         summed += tl.dot((after * odds).to(values.dtype), values, input_precision=PRECISION)
     at = tl.program_id(0).to(tl.int64) * CHOSEN
     _store(parts + at * WIDTH, rows, WIDTH, valid, summed, WIDTH, PADDED)

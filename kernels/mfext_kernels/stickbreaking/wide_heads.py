@@ -31,13 +31,15 @@ ALIGNED = 16  # numbers; rows of weights start at multiples, which products in 1
 
 def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
     """o_i = sum_j a_ij v_j, memory O(T + S + ELEMENTS)."""
-    return applied(_Stickbreaking, q_BTKHC, k_BSHC, v_BSHC, starts_BT)
+    return applied(_Stickbreaking, q_BTKHC, k_BSHC, v_BSHC, starts_BT, None)
 
 
-def stickbreaking_decode(q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None) -> Tensor:
+def stickbreaking_decode(
+    q_BKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_B: Tensor | None, ends_B: Tensor | None = None
+) -> Tensor:
     """One query at the last key: a stripe of K rows a pair, and nothing waits for the card."""
     starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
-    return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)
+    return applied(_Stickbreaking, q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT, ends_B).squeeze(1)
 
 
 def decode_folded(q_XKC: Tensor, k_XSC: Tensor, v_XSC: Tensor) -> Tensor:
@@ -68,6 +70,7 @@ class _Call:
     k_XSC: Tensor
     v_XSC: Tensor
     starts_BT: Tensor | None
+    ends_B: Tensor | None
     length: int
     heads: int
 
@@ -112,12 +115,14 @@ class _Call:
 
 class _Stickbreaking(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None, ends_B: Tensor | None
+    ) -> Tensor:
         starts_BT = None if starts_BT is None else starts_BT.contiguous()
         q_XRC, k_XSC, v_XSC = _fold_queries(q_BTKHC), _fold_keys(k_BSHC), _fold_keys(v_BSHC)
         ctx.save_for_backward(q_XRC, k_XSC, v_XSC, starts_BT)
         ctx.shape = q_BTKHC.shape
-        call = _Call(q_XRC, k_XSC, v_XSC, starts_BT, q_BTKHC.shape[1], q_BTKHC.shape[3])
+        call = _Call(q_XRC, k_XSC, v_XSC, starts_BT, ends_B, q_BTKHC.shape[1], q_BTKHC.shape[3])
         with on_device_of(q_XRC), torch.autocast(q_XRC.device.type, enabled=False):
             return _unfold_queries(_forward(call), q_BTKHC.shape)
 
@@ -125,12 +130,12 @@ class _Stickbreaking(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTKHC: Tensor) -> tuple[Tensor | None, ...]:
         q_XRC, k_XSC, v_XSC, starts_BT = ctx.saved_tensors
-        call = _Call(q_XRC, k_XSC, v_XSC, starts_BT, ctx.shape[1], ctx.shape[3])
+        call = _Call(q_XRC, k_XSC, v_XSC, starts_BT, None, ctx.shape[1], ctx.shape[3])
         with on_device_of(grad_BTKHC), torch.autocast(grad_BTKHC.device.type, enabled=False):
             grad_q, grad_k, grad_v = _backward(call, _fold_queries(grad_BTKHC))
             dtype = grad_q.dtype
             grads_keys = (_unfold_keys(each.to(dtype), call.heads) for each in (grad_k, grad_v))
-            return _unfold_queries(grad_q, ctx.shape), *grads_keys, None
+            return _unfold_queries(grad_q, ctx.shape), *grads_keys, None, None
 
 
 def _forward(call: _Call) -> Tensor:
@@ -146,7 +151,7 @@ def _attend(call: _Call, stripe: _Stripe, config: Config, out_XRC: Tensor) -> No
     scores = _product(call.q_XRC[at_rows], call.k_XSC[stripe.keys].transpose(1, 2))
     weights = _beside(scores, call.q_XRC.dtype)
     wide_forward_kernel[call.grid(stripe, config)](
-        scores, call.starts_BT, weights, weights.stride(1), *call.sizes(stripe), **call.constants(config)
+        scores, call.starts_BT, call.ends_B, weights, weights.stride(1), *call.sizes(stripe), **call.constants(config)
     )
     torch.bmm(weights, call.v_XSC[stripe.keys], out=out_XRC[at_rows])
 

@@ -17,7 +17,7 @@ from mfext_kernels.stickbreaking.triton_kernels import LEAST_STICK, MOST_LOG2, b
 
 @triton.jit
 def _rows_of_stripe(
-    starts, first_pair, heads, length, num_keys, first_row, num_rows, CHOSEN: tl.constexpr, ROWS: tl.constexpr
+    starts, ends, first_pair, heads, length, num_keys, first_row, num_rows, CHOSEN: tl.constexpr, ROWS: tl.constexpr
 ):
     """A program's rows (the longest first): their places in the buffers, and what each sees."""
     num_blocks = tl.cdiv(num_rows, ROWS)
@@ -28,7 +28,10 @@ def _rows_of_stripe(
     batch = ((first_pair + pair) // heads).to(tl.int64)
     first_keys = load_starts(starts, batch, rows, valid, length, CHOSEN)
     places = pair.to(tl.int64) * num_rows + own
-    return places, valid, num_keys - length + rows // CHOSEN, first_keys
+    end = num_keys
+    if ends is not None:
+        end = tl.load(ends + batch).to(tl.int32)
+    return places, valid, end - length + rows // CHOSEN, first_keys
 
 
 @triton.jit
@@ -73,12 +76,12 @@ def _clear(buffer, first, last, places, stride, valid, num_columns, ROWS: tl.con
 
 @triton.jit
 def wide_forward_kernel(
-    scores, starts, weights, weights_stride,
+    scores, starts, ends, weights, weights_stride,
     first_pair, heads, length, num_keys, first_row, num_rows, num_columns, scale_log2,
     CHOSEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     places, valid, positions, first_keys = _rows_of_stripe(
-        starts, first_pair, heads, length, num_keys, first_row, num_rows, CHOSEN, ROWS
+        starts, ends, first_pair, heads, length, num_keys, first_row, num_rows, CHOSEN, ROWS
     )
     newest, oldest = _newest_and_oldest(positions, first_keys, valid, num_keys, KEYS)
     stick = tl.where(valid, 1.0, 0.0)
@@ -103,7 +106,7 @@ def wide_backward_kernel(
 ):  # fmt: skip
     """`grads` holds dA; g is kept there. The logits' gradients lie as the weights do."""
     places, valid, positions, first_keys = _rows_of_stripe(
-        starts, first_pair, heads, length, num_keys, first_row, num_rows, CHOSEN, ROWS
+        starts, None, first_pair, heads, length, num_keys, first_row, num_rows, CHOSEN, ROWS
     )
     newest, oldest = _newest_and_oldest(positions, first_keys, valid, num_keys, KEYS)
     stick = tl.where(valid, 1.0, 0.0)
