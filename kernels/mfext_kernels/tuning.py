@@ -1,8 +1,8 @@
 """Block sizes of the Triton kernels by kind of GPU: a table, so that a kernel's results never depend on a race.
 
-Starting values: no GPU was at hand (2026-11), so none is tuned. They were chosen from ahead-of-time compilation alone:
-every kernel fits its kind's shared memory, and in 16 bits ptxas keeps its numbers in registers (fp32, computed exactly,
-spills at heads of 128). `python kernels/bench/gpu.py` times what they give.
+sm_90 in 16 bits: the best of what `python kernels/bench/tune.py` tried on an H200 (2026-11-26). The others are starting
+values from ahead-of-time compilation alone: every kernel fits its kind's shared memory, and in 16 bits ptxas keeps its
+numbers in registers (fp32, computed exactly, spills at heads of 128). What they give: `python kernels/bench/gpu.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ Op = Literal[
     "cross_entropy",
 ]
 NARROW = 64  # numbers of a row
+FEW_COLUMNS = 192  # of a product
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Config:
     stages: int
 
 
-# Of an op: 16 bits a number in rows of at most 64 numbers; in wider rows; and 32 bits, which need the room of two.
+# Of an op: 16 bits a number in rows of at most NARROW numbers (products: FEW_COLUMNS); in wider rows; and 32 bits,
+# which need the room of two.
 Sizes = tuple[Config, Config, Config]
 # A warp a row, so that a scan never leaves its warp; and where a pair has K rows alone, long tiles: few steps in turn.
 _WIDE, _WIDE_DECODE = Config(4, 256, 0, 4, 1), Config(1, 1024, 0, 4, 1)
@@ -70,6 +72,14 @@ _LARGE: Mapping[Op, Sizes] = {
     "weights": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 16, 8, 2)),
     "cross_entropy": (Config(1, 4096, 0, 8, 1), Config(1, 4096, 0, 8, 1), Config(1, 4096, 0, 8, 1)),
 }
+_SM_90: Mapping[Op, Sizes] = {
+    **_LARGE,
+    "attention_forward": (Config(64, 32, 0, 4, 3), Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2)),
+    "attention_backward": (Config(64, 64, 0, 4, 2), Config(64, 64, 0, 4, 2), Config(32, 32, 0, 8, 1)),
+    "rows": (Config(128, 128, 64, 4, 3), Config(128, 256, 64, 8, 3), Config(64, 64, 16, 8, 2)),
+    "grad_rows": (Config(128, 64, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 16, 8, 2)),
+    "weights": (Config(128, 128, 32, 8, 4), Config(128, 256, 64, 8, 3), Config(64, 64, 16, 8, 2)),
+}
 # Tiny, so that small tests have several tiles in every direction, the last of them in part.
 _TINY = Config(16, 16, 16, 1, 1)
 _TINY_FORWARD = Config(32, 16, 0, 1, 1)  # other blocks of rows than backward's, so that neither relies on the other's
@@ -88,7 +98,7 @@ _INTERPRETER: Mapping[Op, Sizes] = {
 }
 TABLE: Mapping[str, Mapping[Op, Sizes]] = {
     "sm_80": _LARGE,
-    "sm_90": _LARGE,
+    "sm_90": _SM_90,
     "sm_100": _LARGE,
     "default": _SMALL,
     "interpreter": _INTERPRETER,
@@ -103,7 +113,8 @@ def config_for(op: Op, tensor: Tensor, width: int = NARROW) -> Config:
 def pick(kind: str, op: Op, number_bytes: int, width: int = NARROW) -> Config:
     """The entry of one kind of GPU; a kind that is not in the table gets the default's."""
     narrow, wide, exact = TABLE.get(kind, TABLE["default"])[op]
-    return exact if number_bytes > 2 else narrow if width <= NARROW else wide
+    most = FEW_COLUMNS if op in ("rows", "grad_rows", "weights") else NARROW
+    return exact if number_bytes > 2 else narrow if width <= most else wide
 
 
 @cache

@@ -39,15 +39,11 @@ class GraphedStep:
 
     def _record(self, model: LanguageModel, fixed: Cache) -> Tensor:
         length = fixed.length
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles what is not compiled yet; what it writes is written over
-            model(self._token_B1, cache=fixed)
-        torch.cuda.current_stream().wait_stream(stream)
+        model(self._token_B1, cache=fixed)  # compiles what is not compiled yet; what it writes is written over
         fixed.length = length
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            logits_BTV = model(self._token_B1, cache=fixed).logits
+            logits_BTV: Tensor = model(self._token_B1, cache=fixed).logits
         return logits_BTV
 
 

@@ -40,7 +40,7 @@ CONFIG_OF: dict[str, Op] = {
 FLOATS = {"sticks", "sums", "parts", "lefts", "grad_k", "grad_v", "grad_gates", "losses", "scores", "grads"}
 LONGS = {"starts", "ends", "tokens", "order", "left_tokens", "right_tokens", "targets"}
 INTEGERS = {"first_tiles", "tiles", "bounds"}
-INPUTS = {"q", "k", "v", "out", "grad_out", "grad_q", "x", "weight", "gates", "hidden", "grad", "own_rows", "active"}
+INPUTS = {"q", "k", "v", "out", "grad_out", "grad_q", "x", "weight", "gates", "hidden", "grad", "own_rows", "gated"}
 MULTIPLES = {"k_batch", "k_key", "k_head", "v_batch", "v_key", "v_head", "x_stride", "grad_stride", "expert_stride"}
 MULTIPLES |= {"depth_stride", "column_stride", "left_stride", "right_stride", "row_stride"}
 MULTIPLES |= {"depth", "num_columns", "num_rows"}
@@ -79,9 +79,7 @@ def constants(config: Config, width: int, bare: bool) -> dict[str, object]:
     values |= {"KEYS": config.columns, "DEPTH": config.depth, "PRECISION": "ieee", "TILES": 4, "EXPERTS": 32}
     values |= {"ADD": not bare, "ACTIVATE": not bare, "GRADIENT": not bare}
     if bare:  # every tensor that may be absent is
-        values |= dict.fromkeys(
-            ("starts", "ends", "tokens", "hidden", "active", "left_tokens", "right_tokens", "gates")
-        )
+        values |= dict.fromkeys(("starts", "ends", "tokens", "hidden", "gated", "left_tokens", "right_tokens", "gates"))
     return values
 
 

@@ -63,7 +63,7 @@ class _GatherLinear(torch.autograd.Function):
         grad_RF = grad_RF.contiguous()
         with on_device_of(x_ND):
             left, right = _Side(x_ND, gathered=True), _Side(grad_RF)
-            grads = _grad_weights(left, right, None, ctx.needs_input_grad[2:], weights, ctx.dispatch)
+            grads = _grad_weights(left, right, ctx.needs_input_grad[2:], weights, ctx.dispatch)
             grad_x = _back_to_tokens(grad_RF, weights, ctx.dispatch) if ctx.needs_input_grad[0] else None
         return grad_x, None, *grads
 
@@ -84,10 +84,16 @@ class _ScatterLinear(torch.autograd.Function):
         need_rows, need_gates, _, *needed = ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
         with on_device_of(rows_RF):
-            left, right = _Side(rows_RF), _Side(grad_ND, gathered=True)
-            grads = _grad_weights(left, right, gates_NK, needed, weights, ctx.dispatch)
-            back = _Back(torch.empty_like(rows_RF) if need_rows else None, None, need_rows or need_gates)
+            through = need_rows or need_gates
+            grad_rows, gated_RF = (torch.empty_like(rows_RF) if need else None for need in (need_rows, any(needed)))
+            back = _Back(grad_rows, gated_RF, through)
             grad_gates = _grad_rows(grad_ND, rows_RF, back, weights, gates_NK, ctx.dispatch)
+            grads: Sequence[Tensor | None] = [None] * len(weights)
+            if gated_RF is not None:
+                if not through:
+                    torch.mul(rows_RF, gates_NK.view(-1, 1).index_select(0, ctx.dispatch.order_R), out=gated_RF)
+                left, right = _Side(gated_RF), _Side(grad_ND, gathered=True)
+                grads = _grad_weights(left, right, needed, weights, ctx.dispatch)
         return back.grad_rows, grad_gates if need_gates else None, None, *grads
 
 
@@ -116,17 +122,17 @@ class _ExpertFeedforward(torch.autograd.Function):
         grad_ND = grad_ND.contiguous()
         with on_device_of(x_ND):
             through, active = need_x or any(need_up), any(need_down)
-            grad_hidden, active_RF = (torch.empty_like(hidden_RF) if need else None for need in (through, active))
-            back = _Back(grad_hidden, active_RF, through or active or need_gates, activate=True)
+            grad_hidden, gated_RF = (torch.empty_like(hidden_RF) if need else None for need in (through, active))
+            back = _Back(grad_hidden, gated_RF, through or active or need_gates, activate=True)
             grad_gates = _grad_rows(grad_ND, hidden_RF, back, down, gates_NK, dispatch)
             grads_up: Sequence[Tensor | None] = [None] * len(up)
             grads_down: Sequence[Tensor | None] = [None] * len(down)
-            if active_RF is not None:
-                left, right = _Side(active_RF), _Side(grad_ND, gathered=True)
-                grads_down = _grad_weights(left, right, gates_NK, need_down, down, dispatch)
+            if gated_RF is not None:
+                left, right = _Side(gated_RF), _Side(grad_ND, gathered=True)
+                grads_down = _grad_weights(left, right, need_down, down, dispatch)
             if grad_hidden is not None:
                 left, right = _Side(x_ND, gathered=True), _Side(grad_hidden)
-                grads_up = _grad_weights(left, right, None, need_up, up, dispatch)
+                grads_up = _grad_weights(left, right, need_up, up, dispatch)
             grad_x = _back_to_tokens(grad_hidden, up, dispatch) if need_x and grad_hidden is not None else None
         return grad_x, grad_gates if need_gates else None, None, None, *grads_up, *grads_down
 
@@ -154,18 +160,22 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Back:
-    """What grad_rows_kernel writes beside the gates' gradients, and whether it is needed at all."""
+    """What grad_rows_kernel writes beside the gates' gradients, and whether it is needed at all.
+
+    `gated`: the rows that met the weights, times their gates, as the weights' gradients read them: a factor that is
+    computed while the product runs cannot be fetched ahead.
+    """
 
     grad_rows: Tensor | None
-    active: Tensor | None
+    gated: Tensor | None
     needed: bool
     activate: bool = False
 
 
 def _rows(given: _Rows, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
     """(R, columns): every row times its expert's matrix, stack by stack into one output."""
-    config = config_for("rows", given.x)
     depth, num_columns = _shape(weights[0], given.transposed)
+    config = config_for("rows", given.x, num_columns)
     out = given.x.new_empty(dispatch.order_R.numel(), num_columns)
     for weight, tiles in _launches(weights, dispatch, config):
         num_column_tiles = triton.cdiv(num_columns, config.columns)
@@ -201,13 +211,13 @@ def _grad_rows(
     """Fill what `back` asks for -> the gates' gradients (N, K)."""
     if not back.needed:
         return None
-    config = config_for("grad_rows", grad_ND)
     depth, num_columns = _shape(weights[0], True)
+    config = config_for("grad_rows", grad_ND, num_columns)
     num_column_tiles = triton.cdiv(num_columns, config.columns)
     parts = torch.empty(rows_RF.shape[0], num_column_tiles, device=grad_ND.device)
     for weight, tiles in _launches(weights, dispatch, config):
         grad_rows_kernel[(tiles.shape[1] * num_column_tiles,)](
-            grad_ND, weight, dispatch.tokens_R, dispatch.order_R, gates_NK, tiles, rows_RF, back.active, back.grad_rows,
+            grad_ND, weight, dispatch.tokens_R, dispatch.order_R, gates_NK, tiles, rows_RF, back.gated, back.grad_rows,
             parts, grad_ND.stride(0), *_strides(weight, True), depth, num_columns, tiles.shape[1], num_column_tiles,
             ACTIVATE=back.activate, **_constants(config),
         )  # fmt: skip
@@ -217,13 +227,12 @@ def _grad_rows(
 def _grad_weights(
     left: _Side,
     right: _Side,
-    gates_NK: Tensor | None,
     needed: Sequence[bool],
     weights: Sequence[Tensor],
     dispatch: Dispatch,
 ) -> list[Tensor | None]:
-    """dW of every stack that needs it: the sum over an expert's rows of gate * left^T right."""
-    config = config_for("weights", left.rows)
+    """dW of every stack that needs it: the sum over an expert's rows of left^T right."""
+    config = config_for("weights", left.rows, weights[0].shape[2])
     first = 0
     grads: list[Tensor | None] = []
     for weight, need in zip(weights, needed, strict=True):
@@ -232,7 +241,7 @@ def _grad_weights(
             tiles = triton.cdiv(weight.shape[1], config.rows), triton.cdiv(weight.shape[2], config.columns)
             weights_kernel[(weight.shape[0] * tiles[0] * tiles[1],)](
                 left.rows, right.rows, dispatch.tokens_R if left.gathered else None,
-                dispatch.tokens_R if right.gathered else None, None if gates_NK is None else dispatch.order_R, gates_NK,
+                dispatch.tokens_R if right.gathered else None,
                 dispatch.bounds_E1[first:], grad, left.rows.stride(0), right.rows.stride(0), weight.shape[1],
                 weight.shape[2], *tiles, **_constants(config),
             )  # fmt: skip

@@ -7,8 +7,8 @@ alone: nothing waits for the host to know how many rows an expert has. Programs 
 
     tiles_kernel      the list, one program an expert
     rows_kernel       act(x[row] W_e), times its gate, written in sorted or in token order
-    grad_rows_kernel  with P = dy[token] W_e^T: the gate's gradient <active, P> and the rows' gate * P * gelu'
-    weights_kernel    sum over an expert's rows of gate * left^T right, all of them in one program per tile of dW_e
+    grad_rows_kernel  of P = dy[token] W_e^T: the gate's gradient <active, P>, the rows' gate * P * gelu'; gate * active
+    weights_kernel    sum over an expert's rows of left^T right, all of them in one program per tile of dW_e
 
 Sums are fp32; what is written has the inputs' dtype. Rows that a token's K experts wrote lie side by side and are
 summed by torch, and so are the parts of a gate's gradient, one per tile of columns: the order of every sum is fixed.
@@ -124,7 +124,7 @@ def rows_kernel(
 
 @triton.jit
 def grad_rows_kernel(
-    grad, weight, tokens, order, gates, tiles, own_rows, active, grad_rows, grad_gates,
+    grad, weight, tokens, order, gates, tiles, own_rows, gated, grad_rows, grad_gates,
     grad_stride, expert_stride, depth_stride, column_stride, depth, num_columns, num_tiles, num_column_tiles,
     ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -138,22 +138,22 @@ def grad_rows_kernel(
         columns_in, depth, ROWS, COLUMNS, DEPTH, PRECISION,
     )  # fmt: skip
     own = _load(own_rows, rows, columns, num_columns, 1, valid, columns_in).to(tl.float32)
-    gate = tl.load(gates + tl.load(order + rows, mask=valid, other=0), mask=valid, other=0.0)
-    change = summed * gate.to(tl.float32)[:, None]
+    gate = tl.load(gates + tl.load(order + rows, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)[:, None]
+    change = summed * gate
     if ACTIVATE:
         own, slope = _gelu(own)
         change *= slope
     part = rows * num_column_tiles + tl.program_id(0) % num_column_tiles
     tl.store(grad_gates + part, tl.sum(own * summed, 1), mask=valid)
-    if active is not None:
-        _store(active, rows, columns, num_columns, valid, columns_in, own)
+    if gated is not None:
+        _store(gated, rows, columns, num_columns, valid, columns_in, own * gate)
     if grad_rows is not None:
         _store(grad_rows, rows, columns, num_columns, valid, columns_in, change)
 
 
 @triton.jit
 def weights_kernel(
-    left, right, left_tokens, right_tokens, order, gates, bounds, grad, left_stride, right_stride,
+    left, right, left_tokens, right_tokens, bounds, grad, left_stride, right_stride,
     num_rows, num_columns, num_row_tiles, num_column_tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,9 +172,6 @@ def weights_kernel(
             right_at = tl.load(right_tokens + middle, mask=valid, other=0)
         a = _load(left, left_at, rows, left_stride, 1, valid, rows < num_rows)
         b = _load(right, right_at, columns, right_stride, 1, valid, columns < num_columns)
-        if gates is not None:
-            gate = tl.load(gates + tl.load(order + middle, mask=valid, other=0), mask=valid, other=0.0)
-            a = (a.to(tl.float32) * gate.to(tl.float32)[:, None]).to(b.dtype)
         summed += tl.dot(tl.trans(a), b, input_precision=PRECISION)
     own_rows = expert * num_rows + rows
     _store(grad, own_rows, columns, num_columns, rows < num_rows, columns < num_columns, summed)

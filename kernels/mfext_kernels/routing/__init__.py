@@ -81,8 +81,9 @@ def _dispatch_few(chosen: list[int], shape: tuple[int, int], num_experts: int) -
         inverse[flat] = row
         sizes[chosen[flat]] += 1
     table = torch.tensor([order, inverse, [flat // shape[1] for flat in order]], dtype=torch.int64)
+    order_R, inverse_R, tokens_R = table.unbind(0)
     bounds_E1 = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
-    return Dispatch(*table.unbind(0), bounds_E1, *shape)
+    return Dispatch(order_R, inverse_R, tokens_R, bounds_E1, *shape)
 
 
 def _out_of_range(num_experts: int, least: int, greatest: int) -> str:

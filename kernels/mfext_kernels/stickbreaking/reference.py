@@ -34,8 +34,9 @@ def stickbreaking_decode(
 ) -> Tensor:
     """One query at the last key, row by row where rows have different last keys."""
     if ends_B is not None:
-        starts = [None] * len(q_BKHC) if starts_B is None else starts_B.split(1)
-        rows = zip(q_BKHC.split(1), k_BSHC.split(1), v_BSHC.split(1), starts, ends_B.tolist(), strict=True)
-        return torch.cat([stickbreaking_decode(q, k[:, :end], v[:, :end], start) for q, k, v, start, end in rows])
+        rows = [(slice(row, row + 1), end) for row, end in enumerate(ends_B.tolist())]
+        starts = [None if starts_B is None else starts_B[row] for row, _ in rows]
+        each = zip(rows, starts, strict=True)
+        return torch.cat([stickbreaking_decode(q_BKHC[r], k_BSHC[r, :e], v_BSHC[r, :e], s) for (r, e), s in each])
     starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
     return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)

@@ -40,7 +40,7 @@ def stickbreaking_decode(
         starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
         return stickbreaking_attention(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT).squeeze(1)
     call = _Call.of(q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, None if starts_B is None else starts_B.unsqueeze(1))
-    return _decode(call, ends_B).squeeze(1)
+    return _decode(call, None if ends_B is None else ends_B.contiguous()).squeeze(1)
 
 
 def decode_folded(q_XKC: Tensor, k_XSC: Tensor, v_XSC: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def stickbreaking_decode(
 ) -> Tensor:
     """One query at the last key: a stripe of K rows a pair, and nothing waits for the card."""
     starts_BT = None if starts_B is None else starts_B.unsqueeze(1)
+    ends_B = None if ends_B is None else ends_B.contiguous()
     return applied(_Stickbreaking, q_BKHC.unsqueeze(1), k_BSHC, v_BSHC, starts_BT, ends_B).squeeze(1)
 
 
