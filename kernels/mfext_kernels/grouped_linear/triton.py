@@ -202,7 +202,8 @@ def _sum_chosen(rows_RD: Tensor, dispatch: Dispatch) -> Tensor:
     """Rows in token order -> the sum of each token's K; torch sums 16 bits in fp32 and rounds once."""
     if dispatch.num_chosen == 1:
         return rows_RD
-    return rows_RD.view(dispatch.num_tokens, dispatch.num_chosen, rows_RD.shape[1]).sum(1)
+    rows_NKD = rows_RD.view(dispatch.num_tokens, dispatch.num_chosen, rows_RD.shape[1])
+    return rows_NKD[:, 0] + rows_NKD[:, 1] if dispatch.num_chosen == 2 else rows_NKD.sum(1)
 
 
 def _grad_rows(

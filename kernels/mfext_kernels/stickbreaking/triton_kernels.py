@@ -26,6 +26,8 @@ MOST_LOG2: tl.constexpr = tl.constexpr(60.0)
 LEAST_STICK: tl.constexpr = tl.constexpr(2.0**-60)
 # Between two looks at what is left of the sticks: a loop of known length is pipelined.
 TILES_BETWEEN_LOOKS: tl.constexpr = tl.constexpr(4)
+BLOCKS_AT_A_LOOK: tl.constexpr = tl.constexpr(128)
+MOST_TILES: tl.constexpr = tl.constexpr(2**30)
 
 
 @triton.jit
@@ -187,6 +189,17 @@ def grad_queries_kernel(
 
 
 @triton.jit
+def _last_to_meet(first_tiles, tile, first, num_blocks):
+    """The last block of rows whose sticks reach a tile; the loop up to it has no branch, so that loads go ahead."""
+    last = first - 1
+    for start in range(first, num_blocks, BLOCKS_AT_A_LOOK):
+        blocks = start + tl.arange(0, BLOCKS_AT_A_LOOK)
+        reached = tl.load(first_tiles + blocks, mask=blocks < num_blocks, other=MOST_TILES) <= tile
+        last = tl.maximum(last, tl.max(tl.where(reached, blocks, -1)))
+    return last
+
+
+@triton.jit
 def grad_keys_kernel(
     q, k, v, starts, grad_out, sticks, sums, first_tiles, grad_k, grad_v,
     k_batch, k_key, k_head, v_batch, v_key, v_head,
@@ -209,22 +222,25 @@ def grad_keys_kernel(
         summed_k = tl.zeros([KEYS, PADDED], tl.float32)
         summed_v = tl.zeros([KEYS, PADDED], tl.float32)
     first_row = tl.maximum(tile * KEYS - (num_keys - length), 0) * CHOSEN
-    for own in range(tl.maximum(first_row // ROWS - first_block, 0), num_blocks):
-        if tl.load(first_tiles + pair * num_blocks + own) <= tile:
-            rows = (first_block + own) * ROWS + tl.arange(0, ROWS)
-            valid = rows < length * CHOSEN
-            positions = num_keys - length + rows // CHOSEN
-            first_keys = load_starts(starts, batch, rows, valid, length, CHOSEN)
-            queries = _load(q + at, rows, heads * WIDTH, valid, WIDTH, PADDED)
-            grads = _load(grad_out + at, rows, heads * WIDTH, valid, WIDTH, PADDED)
-            carried = ((pair.to(tl.int64) * num_tiles + tile) * num_blocks + own) * ROWS + tl.arange(0, ROWS)
-            odds, left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)
-            after = break_stick(left, tl.load(sticks + carried), KEYS)[0]
-            weights = after * odds
-            summed_v += tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)
-            g = weights * tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-            grad_logits = (g - odds * left * (tl.load(sums + carried)[:, None] + tl.cumsum(g, 1))) * scale
-            summed_k += tl.dot(tl.trans(grad_logits.to(queries.dtype)), queries, input_precision=PRECISION)
+    first_own = tl.maximum(first_row // ROWS - first_block, 0)
+    last_own = _last_to_meet(first_tiles + pair * num_blocks, tile, first_own, num_blocks)
+    for own in range(first_own, last_own + 1):
+        met = tl.load(first_tiles + pair * num_blocks + own) <= tile  # else no stick: all it adds is 0
+        rows = (first_block + own) * ROWS + tl.arange(0, ROWS)
+        valid = rows < length * CHOSEN
+        positions = num_keys - length + rows // CHOSEN
+        first_keys = load_starts(starts, batch, rows, valid, length, CHOSEN)
+        queries = _load(q + at, rows, heads * WIDTH, valid, WIDTH, PADDED)
+        grads = _load(grad_out + at, rows, heads * WIDTH, valid, WIDTH, PADDED)
+        carried = ((pair.to(tl.int64) * num_tiles + tile) * num_blocks + own) * ROWS + tl.arange(0, ROWS)
+        odds, left = _odds_and_left(queries, key_rows, keys, positions, first_keys, valid, scale_log2, PRECISION)
+        after = break_stick(left, tl.load(sticks + carried, mask=valid & met, other=0.0), KEYS)[0]
+        weights = after * odds
+        summed_v += tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)
+        g = weights * tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+        summed = tl.load(sums + carried, mask=valid & met, other=0.0)
+        grad_logits = (g - odds * left * (summed[:, None] + tl.cumsum(g, 1))) * scale
+        summed_k += tl.dot(tl.trans(grad_logits.to(queries.dtype)), queries, input_precision=PRECISION)
     _store(grad_k + key_at, keys, heads * WIDTH, keys < num_keys, summed_k, WIDTH, PADDED)
     _store(grad_v + key_at, keys, heads * WIDTH, keys < num_keys, summed_v, WIDTH, PADDED)
 
