@@ -32,6 +32,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from mfext_kernels.backends import Backend  # noqa: E402
+from mfext_kernels.cross_entropy import cross_entropy  # noqa: E402
 from mfext_kernels.fused_linear_cross_entropy import fused_linear_cross_entropy  # noqa: E402
 from mfext_kernels.grouped_linear import expert_feedforward, gather_linear, scatter_linear  # noqa: E402
 from mfext_kernels.routing import make_dispatch  # noqa: E402
@@ -121,6 +122,7 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[Backend], Op],
     yield "expert_feedforward", lambda b: lambda x, g, *w: expert_feedforward(x, w[:2], w[2:], g, dispatch, b), feed
     targets = torch.randint(0, 333, (75,), device=device)
     targets[3:9] = -100
+    yield "cross-entropy", lambda b: lambda logits: cross_entropy(logits, targets, b), [random(75, 333, scale=3.0)]
     head = [x, random(333, 72, scale=0.1)]
     yield "head and cross-entropy", lambda b: lambda x, w: fused_linear_cross_entropy(x, w, targets, b), head
 

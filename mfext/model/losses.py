@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mfext.config import RoutingLoss
 from mfext.model.router import Routing
+from mfext_kernels.cross_entropy import cross_entropy
 
 IGNORED = -100
 # The published code's guard against log 0: it adds E * 1e-8 nats to a router's loss and keeps its gradient finite.
@@ -23,10 +24,7 @@ ENTROPY_EPS = 1e-8
 
 def language_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Mean cross-entropy in nats per token over targets that are not -100 (scalar)."""
-    logits_NV = logits_BTV.flatten(0, 1)
-    if logits_NV.dtype in (torch.bfloat16, torch.float16):
-        logits_NV = logits_NV.float()
-    return F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED)
+    return cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
 def routing_loss(routings: Iterable[Routing], valid_N: Tensor | None, kind: RoutingLoss) -> Tensor:

@@ -20,6 +20,7 @@ FILES = (
     "stickbreaking.wide_heads",
     "grouped_linear.triton",
     "fused_linear_cross_entropy.triton",
+    "cross_entropy.triton",
 )
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 CONFIG_OF: dict[str, Op] = {
@@ -36,8 +37,23 @@ CONFIG_OF: dict[str, Op] = {
     "grad_rows_kernel": "grad_rows",
     "weights_kernel": "weights",
     "cross_entropy_kernel": "cross_entropy",
+    "loss_kernel": "cross_entropy",
+    "grad_logits_kernel": "cross_entropy",
 }
-FLOATS = {"sticks", "sums", "parts", "lefts", "grad_k", "grad_v", "grad_gates", "losses", "scores", "grads"}
+FLOATS = {
+    "sticks",
+    "sums",
+    "parts",
+    "lefts",
+    "grad_k",
+    "grad_v",
+    "grad_gates",
+    "losses",
+    "scores",
+    "grads",
+    "totals",
+    "share",
+}
 LONGS = {"starts", "ends", "tokens", "order", "left_tokens", "right_tokens", "targets"}
 INTEGERS = {"first_tiles", "tiles", "bounds"}
 INPUTS = {"q", "k", "v", "out", "grad_out", "grad_q", "x", "weight", "gates", "hidden", "grad", "own_rows", "gated"}
