@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mfext.metrics.speed import TIMER, blas, commit_of, processor
+from mfext_kernels import products
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +31,7 @@ def surroundings() -> dict[str, object]:
     return {
         "processor": processor(),
         "blas": blas(),
+        "cpu_products": products.explain(),
         "cpu_capability": features.group(1) if features else "unknown",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -34,6 +34,7 @@ from mfext.model.build import new_model
 from mfext.report.report import KeyValues, Report, Section, Table
 from mfext.report.terminal import Console
 from mfext.requests import DEFAULT_INVOCATION, BenchRequest, Invocation
+from mfext_kernels import products
 from mfext_kernels.checks import self_check
 
 ACTIVE_AT_MOST, TOTAL_AT_LEAST, GROWTH_AT_MOST = 1.3, 2.5, 0.75
@@ -193,6 +194,7 @@ def _report(done: Bench, request: BenchRequest, threads: int) -> Report:
         "machine": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "blas": blas(),
+        "cpu_products": products.explain(),
         "threads": threads,
         "torch": torch.__version__,
         "commit": commit_of(Path(__file__).resolve().parents[2]),
@@ -226,7 +228,7 @@ def _sections(done: Bench, data: Mapping[str, object]) -> tuple[Section, ...]:
         )
         for name in NAMES
     )
-    about = ("machine", "cpu_capability", "blas", "threads", "torch", "commit", "timer")
+    about = ("machine", "cpu_capability", "blas", "cpu_products", "threads", "torch", "commit", "timer")
     return (
         Table("Against its targets", columns=columns, rows=rows, text_columns=("what", "target", "verdict")),
         Table(

@@ -164,12 +164,13 @@ def _kernels(
 ) -> list[dict[str, object]]:
     if packages["torch"] is None or any(text.startswith("torch does not load") for text in problems):
         return []
-    from mfext_kernels import decode_step
+    from mfext_kernels import decode_step, products
     from mfext_kernels.checks import self_check
     from mfext_kernels.stickbreaking import compiled_sticks
 
     checks = self_check()
     machine["compiled_decode_step"] = decode_step.explain()
     machine["compiled_attention"] = compiled_sticks.explain()
+    machine["cpu_products"] = products.explain()
     problems += [f"wrong kernel: {check.detail}" for check in checks if not check.passed]
     return [asdict(check) for check in checks]

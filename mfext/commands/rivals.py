@@ -23,6 +23,7 @@ from mfext.model.moduleformer import ModuleFormer
 from mfext.training.methods.full import Full
 from mfext.training.methods.grow import Grow
 from mfext_kernels.grouped_linear import expert_feedforward
+from mfext_kernels.products import linear
 from mfext_kernels.routing import make_dispatch
 from mfext_kernels.stickbreaking import stickbreaking_attention
 
@@ -176,7 +177,7 @@ def expert_layer(num_experts: int, tokens: int = 4096) -> Runs:
     experts_NK = torch.rand(tokens, num_experts).topk(chosen, dim=-1).indices
     x, gates, grad = torch.randn(tokens, width), torch.rand(tokens, chosen), torch.randn(tokens, width)
     up, down = torch.randn(num_experts, width, inner), torch.randn(num_experts, inner, width)
-    dense_up, dense_down = torch.randn(width, chosen * inner), torch.randn(chosen * inner, width)
+    dense_up, dense_down = torch.randn(chosen * inner, width), torch.randn(width, chosen * inner)
     leaves = [tensor.requires_grad_() for tensor in (x, gates, up, down)]
     dense_leaves = [tensor.requires_grad_() for tensor in (x, dense_up, dense_down)]
 
@@ -188,7 +189,7 @@ def expert_layer(num_experts: int, tokens: int = 4096) -> Runs:
         return ours
 
     def run_dense() -> None:
-        torch.autograd.grad(F.gelu(x @ dense_up, approximate="tanh") @ dense_down, dense_leaves, grad)
+        torch.autograd.grad(linear(F.gelu(linear(x, dense_up), approximate="tanh"), dense_down), dense_leaves, grad)
 
     return Runs(run(None), run_dense, run("reference"))
 

@@ -13,6 +13,7 @@ from mfext.model.decoding_step import SiteWeights, join
 from mfext.model.experts import AttentionExperts, mix_outputs, project_queries
 from mfext.model.forward_pass import Pass, SiteOutput, competing_layers, route_jointly
 from mfext.model.generation import OpenTokens
+from mfext.model.linear import Linear
 from mfext.model.observing import observe_attention, observe_null
 from mfext.model.positions import Positions
 from mfext.model.router import Chosen, Router, RouterRows, Routing, Site, route, without_null
@@ -30,8 +31,8 @@ class ExpertAttention(nn.Module):
         self.site = Site(layer, "attention")
         self.router = Router(config.router, config.d_model, config.d_router, config.experts("attention", layer))
         self.experts = AttentionExperts(config.experts("attention", layer), config.d_model, config.d_attention)
-        self.key = None if config.identity_keys_values else nn.Linear(config.d_model, config.d_attention)
-        self.value = None if config.identity_keys_values else nn.Linear(config.d_model, config.d_attention)
+        self.key = None if config.identity_keys_values else Linear(config.d_model, config.d_attention)
+        self.value = None if config.identity_keys_values else Linear(config.d_model, config.d_attention)
 
     def forward(self, x_BTD: Tensor, shared: Pass) -> SiteOutput:
         """Residual update of normalised activations x (B, T, D)."""

@@ -23,6 +23,7 @@ from mfext.config import ModelConfig
 from mfext.model.cache import Cache
 from mfext.model.initialisation import STD
 from mfext.model.language_model import LanguageModel, ModelOutput
+from mfext.model.linear import Linear
 from mfext.model.positions import Positions
 
 ROTARY_BASE = 10_000.0
@@ -50,8 +51,8 @@ class DenseAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.queries_keys_values = nn.Linear(config.d_model, 3 * config.d_attention, bias=False)
-        self.output = nn.Linear(config.d_attention, config.d_model, bias=False)
+        self.queries_keys_values = Linear(config.d_model, 3 * config.d_attention, bias=False)
+        self.output = Linear(config.d_attention, config.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor, reach: Reach) -> tuple[Tensor, Tensor | None]:
         """Residual update (B, T, D) of normalised activations, and the attention weights (B, 1, H, T, S) if asked."""
@@ -74,8 +75,8 @@ class DenseFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.d_feedforward, bias=False)
-        self.down = nn.Linear(config.d_feedforward, config.d_model, bias=False)
+        self.up = Linear(config.d_model, config.d_feedforward, bias=False)
+        self.down = Linear(config.d_feedforward, config.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Residual update of normalised activations (B, T, D)."""
@@ -109,7 +110,7 @@ class DenseTransformer(LanguageModel):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(DenseBlock(config, layer) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         initialise_dense(self)
 

@@ -13,6 +13,7 @@ from mfext.config import GenerationConfig, ModelConfig
 from mfext.model.domain_gate import DomainGate
 from mfext.model.experts import AttentionExperts, FeedForwardExperts
 from mfext.model.router import Router, RouterRows
+from mfext_kernels.products import linear
 
 
 class MatrixChange(nn.Module):
@@ -32,7 +33,7 @@ class MatrixChange(nn.Module):
 
     def apply_to(self, x: Tensor) -> Tensor:
         """x @ W^T, as a linear layer (..., rows)."""
-        return x @ self.full.T if hasattr(self, "full") else (x @ self.right.T) @ self.left.T
+        return linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.right), self.left)
 
 
 class NormChange(nn.Module):

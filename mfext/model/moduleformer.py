@@ -27,6 +27,7 @@ from mfext.model.generation import Generation, NormChange, OpenTokens
 from mfext.model.graphed_step import GraphedStep, records
 from mfext.model.initialisation import initialise
 from mfext.model.language_model import LanguageModel, ModelOutput
+from mfext.model.linear import Linear
 from mfext.model.positions import Positions
 from mfext.model.router import Routing
 
@@ -83,7 +84,7 @@ class ModuleFormer(LanguageModel):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.generations = nn.ModuleList(Generation(generation, config) for generation in config.generations)
         self.gradient_checkpointing = False
         initialise(self)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfext.config import RouterKind
+from mfext.model.linear import Linear
+from mfext_kernels.products import linear
 from mfext_kernels.routing import Dispatch, make_dispatch
 
 SiteKind = Literal["attention", "feedforward"]
@@ -161,20 +163,20 @@ class Router(nn.Module):
         self.kind = kind
         self.num_features = d_model if kind == "linear" else d_router
         if kind == "mlp":
-            self.hidden = nn.Linear(d_model, d_router)
+            self.hidden = Linear(d_model, d_router)
         if kind == "gmm":
-            self.projection = nn.Linear(d_model, d_router, bias=False)
+            self.projection = Linear(d_model, d_router, bias=False)
             self.centroids = nn.Parameter(torch.empty(num_experts, d_router))
             self.temperature = nn.Parameter(torch.empty(()))
         else:
-            self.output = nn.Linear(self.num_features, num_experts, bias=False)
+            self.output = Linear(self.num_features, num_experts, bias=False)
 
     def reset_parameters(self, std: float) -> None:
         """Draw weights N(0, std), biases 0; gmm centroids N(0, 1), temperature log 2."""
-        for linear in (module for module in self.children() if isinstance(module, nn.Linear)):
-            nn.init.normal_(linear.weight, std=std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for layer in (module for module in self.children() if isinstance(module, nn.Linear)):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         if self.kind == "gmm":
             nn.init.normal_(self.centroids)
             nn.init.constant_(self.temperature, 0.6931471805599453)
@@ -192,4 +194,4 @@ class Router(nn.Module):
             logits_NE = self.output(x_ND)
         if not extra:
             return logits_NE
-        return torch.cat([logits_NE, *(F.linear(features_NG, rows.weight, rows.bias) for rows in extra)], dim=-1)
+        return torch.cat([logits_NE, *(linear(features_NG, rows.weight, rows.bias) for rows in extra)], dim=-1)

@@ -10,7 +10,7 @@ import torch
 
 from mfext.commands import doctor
 from mfext.requests import DoctorRequest, Invocation
-from mfext_kernels import checks
+from mfext_kernels import checks, products
 
 
 def test_a_sound_installation_is_called_sound() -> None:
@@ -32,6 +32,7 @@ def test_the_answer_is_json_and_names_the_installed_versions() -> None:
     data = json.loads(json.dumps(doctor.run(DoctorRequest(), Invocation()).data))
     assert data["packages"]["torch"] == torch.__version__
     assert data["machine"]["cpus"] >= 1
+    assert data["machine"]["cpu_products"] == products.explain()
     assert Path(data["folders"]["yaml"]).is_dir()
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 # How many of the leading operands are not factors of the product.
 ADDENDS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addbmm": 1}
+ONEDNN = "mkldnn::_linear_pointwise"  # x @ weight^T, called by mfext_kernels.products
 ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention")
 
 
@@ -32,6 +33,7 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.operations = 0
         self.flops = 0
+        self.onednn_calls = 0
         self.bytes = 0
         self.shapes: set[torch.Size] = set()
 
@@ -47,6 +49,9 @@ class Counted(TorchDispatchMode):
         if name in ADDENDS:
             left, right = args[ADDENDS[name] : ADDENDS[name] + 2]
             self.flops += 2 * left.numel() * right.shape[-1]
+        elif name == ONEDNN:
+            self.onednn_calls += 1
+            self.flops += 2 * args[0].numel() * args[1].shape[0]
         for each in tensors_of(result):
             self.shapes.add(each.shape)
             if each.untyped_storage().data_ptr() not in known:

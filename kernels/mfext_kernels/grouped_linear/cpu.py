@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfext_kernels.autograd import applied
+from mfext_kernels.products import product, product_over_rows
 from mfext_kernels.routing import Dispatch
 
 
@@ -82,7 +83,7 @@ class _GatherLinear(torch.autograd.Function):
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
                 x = x_ND.index_select(0, dispatch.tokens_R[first:last])
-                torch.mm(x, weights[stack][expert], out=rows_RF[first:last])
+                product(x, weights[stack][expert], out=rows_RF[first:last])
         return rows_RF
 
     @staticmethod
@@ -97,9 +98,9 @@ class _GatherLinear(torch.autograd.Function):
                 grad_weight = grads[stack]
                 if grad_weight is not None:
                     x = x_ND.index_select(0, dispatch.tokens_R[first:last])
-                    torch.mm(x.t(), grad_RF[first:last], out=grad_weight[expert])
+                    product_over_rows(x, grad_RF[first:last], out=grad_weight[expert])
                 if grad_x is not None:
-                    torch.mm(grad_RF[first:last], weights[stack][expert].t(), out=grad_x[first:last])
+                    product(grad_RF[first:last], weights[stack][expert].t(), out=grad_x[first:last])
         return _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None, None, *grads
 
 
@@ -111,7 +112,7 @@ class _ScatterLinear(torch.autograd.Function):
         y_RD = rows_RF.new_empty(rows_RF.shape[0], weights[0].shape[2])
         with torch.autocast(rows_RF.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                torch.mm(rows_RF[first:last], weights[stack][expert], out=y_RD[first:last])
+                product(rows_RF[first:last], weights[stack][expert], out=y_RD[first:last])
         return _sum_chosen(y_RD, gates_NK, dispatch)
 
     @staticmethod
@@ -128,11 +129,11 @@ class _ScatterLinear(torch.autograd.Function):
                 grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:last]), gates_R1[first:last]
                 rows, grad_weight = rows_RF[first:last], grads[stack]
                 if need_rows or need_gates:
-                    ungated = torch.mm(grad, weights[stack][expert].t(), out=grad_rows[first:last])
+                    ungated = product(grad, weights[stack][expert].t(), out=grad_rows[first:last])
                     torch.linalg.vecdot(rows, ungated, out=gate_grads_R[first:last])
                     ungated.mul_(gates)
                 if grad_weight is not None:
-                    torch.mm((rows * gates).t(), grad, out=grad_weight[expert])
+                    product_over_rows(rows * gates, grad, out=grad_weight[expert])
         grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if need_gates else None
         return grad_rows if need_rows else None, grad_gates, None, *grads
 
@@ -169,19 +170,19 @@ class _ExpertFeedforward(torch.autograd.Function):
             for stack, expert, first, last in _experts(up, dispatch.sizes):
                 tokens, gates = dispatch.tokens_R[first:last], gates_R1[first:last]
                 grad = grad_ND.index_select(0, tokens)
-                grad_active = torch.mm(grad, down[stack][expert].t())
+                grad_active = product(grad, down[stack][expert].t())
                 active, slope = gelu_with_slope(hidden_RF[first:last], slope=through)
                 torch.linalg.vecdot(active, grad_active, out=gate_grads_R[first:last])
                 grad_down, grad_up = grads_down[stack], grads_up[stack]
                 if grad_down is not None:
-                    torch.mm(active.mul_(gates).t(), grad, out=grad_down[expert])
+                    product_over_rows(active.mul_(gates), grad, out=grad_down[expert])
                 if slope is None:
                     continue
                 grad_hidden = grad_active.mul_(gates).mul_(slope)
                 if grad_up is not None:
-                    torch.mm(x_ND.index_select(0, tokens).t(), grad_hidden, out=grad_up[expert])
+                    product_over_rows(x_ND.index_select(0, tokens), grad_hidden, out=grad_up[expert])
                 if grad_x is not None:
-                    torch.mm(grad_hidden, up[stack][expert].t(), out=grad_x[first:last])
+                    product(grad_hidden, up[stack][expert].t(), out=grad_x[first:last])
         grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if needed[1] else None
         grad_x_ND = _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None
         return grad_x_ND, grad_gates, None, None, *grads_up, *grads_down
@@ -201,8 +202,8 @@ def _feed_forward(
         for stack, expert, first, last in _experts(up, dispatch.sizes):
             x = x_ND.index_select(0, dispatch.tokens_R[first:last])
             out = None if hidden_RF is None else hidden_RF[first:last]
-            hidden = torch.mm(x, up[stack][expert], out=out)
-            torch.mm(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
+            hidden = product(x, up[stack][expert], out=out)
+            product(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
     return _sum_chosen(y_RD, gates_NK, dispatch)
 
 

@@ -23,6 +23,7 @@ from mfext.errors import InputError
 from mfext.model.experts import AttentionExperts, FeedForwardExperts
 from mfext.model.language_model import LanguageModel, ModelOutput
 from mfext.training.batch import Batch
+from mfext_kernels.products import linear
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class AdaptedLinear(_AdaptedMatrix):
         return self.original.get_parameter("bias") if "bias" in dict(self.original.named_parameters()) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class AdaptedEmbedding(_AdaptedMatrix):

@@ -1,0 +1,150 @@
+"""Dense matrix products of float32 on the CPU by oneDNN, where MKL is slow: on processors that are not Intel's.
+
+torch multiplies by MKL, which takes its AVX-512 code on Intel processors alone; oneDNN, in torch too, takes it on all.
+The choice hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
+
+oneDNN compiles code for every new number of rows (0.4 ms, as long as the product itself), and experts meet other
+numbers at every step. So rows go in whole blocks of 64, with the last ones in a short call that overlaps the block
+before: a row's bits do not depend on how many rows there are. Nothing here is differentiated, but for `linear`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mfext_kernels.autograd import applied
+
+BLOCK, STEP = 64, 16  # rows of a block; the rows after the last whole block go in calls of a multiple of this
+AT_ONCE = 512  # rows multiplied before they are copied to where they belong: still in cache, and no large buffer
+FEWEST_ROWS = 64
+FEWEST_MULTIPLICATIONS = 1 << 21  # a call of oneDNN costs 7 us more than one of MKL
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether large products go to oneDNN here, and why."""
+
+    onednn: bool
+    reason: str
+
+
+@cache
+def choice() -> Choice:
+    """Asked once a process."""
+    if os.environ.get("MFEXT_ONEDNN") == "0":
+        return Choice(False, "torch's own, oneDNN switched off by MFEXT_ONEDNN=0")
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return Choice(False, "torch's own, which is not MKL")
+    vendor, capability = _vendor(), torch.backends.cpu.get_cpu_capability()
+    if vendor in (None, "GenuineIntel") or capability != "AVX512":
+        return Choice(False, f"MKL ({vendor or 'unknown processor'}, {capability})")
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+        return Choice(False, f"MKL, slow on {vendor}: this torch has no oneDNN to call")
+    return Choice(True, f"oneDNN (MKL is slow on {vendor})")
+
+
+def explain() -> str:
+    """What multiplies large matrices here, and why."""
+    return choice().reason
+
+
+def product(left_MK: Tensor, right_KN: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right, written to `out` where given."""
+    if not _applies(left_MK, right_KN, left_MK.shape[0], right_KN.numel()):
+        return torch.mm(left_MK, right_KN, out=out)
+    return _in_blocks(left_MK, right_KN.t(), None, out)
+
+
+def product_over_rows(left_RM: Tensor, right_RN: Tensor, out: Tensor | None = None) -> Tensor:
+    """left^T @ right, a matrix's gradient from R rows; written to `out` where given."""
+    rows = left_RM.shape[0]
+    if not _applies(left_RM, right_RN, rows, left_RM.shape[1] * right_RN.shape[1]):
+        return torch.mm(left_RM.t(), right_RN, out=out)
+    whole = rows - rows % BLOCK
+    sum_MN = _onednn(left_RM[:whole].t(), right_RN[:whole].t(), None)
+    if whole < rows:
+        return torch.addmm(sum_MN, left_RM[whole:].t(), right_RN[whole:], out=sum_MN if out is None else out)
+    return sum_MN if out is None else out.copy_(sum_MN)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias over the last dimension of x, with gradients: F.linear where oneDNN does not pay."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if not _suits(x, weight_OI, rows, weight_OI.numel()) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight_OI, bias_O)
+    x_NI = x.reshape(rows, x.shape[-1])
+    return applied(_Linear, x_NI, weight_OI, bias_O).view(*x.shape[:-1], weight_OI.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        need_x, need_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_NI if need_weight else None, weight_OI if need_x else None)
+        return _in_blocks(x_NI, weight_OI, bias_O, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, weight_OI = ctx.saved_tensors
+        grad_x = None if weight_OI is None else product(grad_NO, weight_OI)
+        grad_weight = None if x_NI is None else product_over_rows(grad_NO, x_NI)
+        return grad_x, grad_weight, grad_NO.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _applies(left: Tensor, right: Tensor, rows: int, each: int) -> bool:
+    """Whether oneDNN takes this product; what autograd or autocast must see is left to torch."""
+    seen = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    return _suits(left, right, rows, each) and not seen and not torch.is_autocast_enabled("cpu")
+
+
+def _suits(left: Tensor, right: Tensor, rows: int, each: int) -> bool:
+    """Whether oneDNN is faster for so many rows with `each` multiplications a row."""
+    large = rows >= FEWEST_ROWS and rows * each >= FEWEST_MULTIPLICATIONS
+    fp32 = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
+    return large and fp32 and choice().onednn
+
+
+def _in_blocks(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, out: Tensor | None) -> Tensor:
+    rows = left_MK.shape[0]
+    rest = rows % BLOCK
+    if out is None and not rest:
+        return _onednn(left_MK, right_NK, bias_N)
+    written = left_MK.new_empty(rows, right_NK.shape[0]) if out is None else out
+    for first in range(0, rows - rest, AT_ONCE):
+        part = slice(first, min(first + AT_ONCE, rows - rest))
+        written[part] = _onednn(left_MK[part], right_NK, bias_N)
+    if rest:
+        overlapping = _onednn(left_MK[rows - math.ceil(rest / STEP) * STEP :], right_NK, bias_N)
+        written[rows - rest :] = overlapping[-rest:]
+    return written
+
+
+def _onednn(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(_rows(left_MK), _rows(right_NK), bias_N, "none", [], "")
+    return found
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix as oneDNN reads it: one of its two strides is 1, and no element is shown twice."""
+    (rows, columns), (across, along) = matrix.shape, matrix.stride()
+    plain = (along == 1 and across >= columns) or (across == 1 and along >= rows)
+    return matrix if plain else matrix.contiguous()
+
+
+def _vendor() -> str | None:
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.is_file() else ""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
+    return found.group(1) if found else None
