@@ -200,3 +200,18 @@ def test_it_is_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) 
 def test_without_one_of_the_libraries_torch_multiplies(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: False)
     assert not choice().onednn
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_of_an_odd_vocabulary_is_the_same_with_outputs_added_and_cut_off(bias: bool) -> None:
+    x, weight = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(77, 8, dtype=torch.float64)
+    inputs = [x, weight, *([torch.randn(77, dtype=torch.float64)] if bias else [])]
+    given = [each.clone().requires_grad_() for each in inputs]
+    plain = [each.clone().requires_grad_() for each in inputs]
+    ours, theirs = products.aligned_linear(*given, *([] if bias else [None])), F.linear(*plain)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(theirs)
+    for one, other in zip(
+        torch.autograd.grad(ours, given, grad), torch.autograd.grad(theirs, plain, grad), strict=True
+    ):
+        torch.testing.assert_close(one, other)
