@@ -3,7 +3,8 @@
 Two layouts, the published MoLM of 350 M active and 4 B parameters in all and one of 100 M active, each beside a dense
 softmax transformer of equal active and one of equal total parameters: training tokens/s (forward, balance loss,
 backward, fused AdamW with bf16 moments), peak memory, the share of the card's own measured matmul ceiling, evaluation,
-and decoding after a prompt; and a growth step of the smaller layout against a full one. Run gpu.py first: it checks
+and greedy decoding after a prompt (ModuleFormer's step is replayed as a CUDA graph; the dense rivals' is not, so it
+stands beside ModuleFormer's launch by launch); and a growth step of the smaller layout against a full one. Run gpu.py first: it checks
 the kernels.
 """
 
@@ -14,6 +15,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch
 from mfext.commands import rivals
 from mfext.config import ModelConfig
 from mfext.growth.plan import count_parameters
+from mfext.model import graphed_step
 from mfext.model.build import new_model
 from mfext.model.language_model import LanguageModel
 
@@ -67,7 +70,7 @@ class Layout:
     total_micro_batches: int
 
 
-LAYOUTS = (Layout("100M", MOLM_100M, 16, 2), Layout("350M of 4B", MOLM_4B, 8, 4))
+LAYOUTS = (Layout("100M", MOLM_100M, 16, 2), Layout("350M of 4B", MOLM_4B, 16, 8))
 
 
 def models(layout: Layout) -> Iterator[tuple[str, ModelConfig, int]]:
@@ -110,9 +113,13 @@ def measure(config: ModelConfig, batch: int, micro_batches: int, ceiling: float)
         ms = gpu.median_ms(lambda: model(ids[: batch // micro_batches]), 5)
     row["evaluate_tokens_per_s"] = batch // micro_batches * LENGTH / ms * 1e3
     for rows in (1, 32):
-        run = rivals.decode(model, ids[:1, :PROMPT].expand(rows, PROMPT), NEW)
-        row[f"decode_ms_per_token_batch_{rows}"] = gpu.median_ms(run, 3) / NEW
-        del run
+        prompt = ids[:1, :PROMPT].expand(rows, PROMPT)
+        row[f"decode_ms_per_token_batch_{rows}"] = gpu.median_ms(rivals.decode(model, prompt, NEW), 3) / NEW
+    if config.architecture == "moduleformer":
+        with unrecorded():
+            row["decode_launch_by_launch_ms_per_token_batch_1"] = (
+                gpu.median_ms(rivals.decode(model, ids[:1, :PROMPT], NEW), 3) / NEW
+            )
     torch.cuda.reset_peak_memory_stats()
     ms = gpu.median_ms(rivals.train_step(model, ids, ids.roll(-1, 1), micro_batches), 7)
     row["train_ms"], row["train_tokens_per_s"] = ms, batch * LENGTH / ms * 1e3
@@ -120,6 +127,17 @@ def measure(config: ModelConfig, batch: int, micro_batches: int, ceiling: float)
     row["train_TFLOP_per_s"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9
     row["share_of_matmul_ceiling"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9 / ceiling
     return row
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, no decoding step is replayed as a graph."""
+    before = graphed_step.STEPS_BEFORE_RECORDING
+    graphed_step.STEPS_BEFORE_RECORDING = sys.maxsize
+    try:
+        yield
+    finally:
+        graphed_step.STEPS_BEFORE_RECORDING = before
 
 
 def growth(layout: Layout) -> dict[str, object]:

@@ -24,7 +24,7 @@ from mfext_kernels.tuning import Config, config_for
 
 LOG2_E = 1.4426950408889634
 TILES_PER_SPLIT = 4
-CARRIED_BYTES = 1 << 26
+CARRIED_BYTES = 1 << 28
 
 
 def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
