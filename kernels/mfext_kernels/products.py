@@ -3,7 +3,7 @@
 torch multiplies by MKL, which takes its AVX-512 code on Intel processors alone; oneDNN, in torch too, takes it on all.
 The choice hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
 
-oneDNN compiles code for every new number of rows (0.4 ms, as long as the product itself), and experts meet other
+oneDNN compiles code for every new number of rows, which takes as long as the product itself, and experts meet other
 numbers at every step. So rows go in whole blocks of 64, with the last ones in a short call that overlaps the block
 before: a row's bits do not depend on how many rows there are. Nothing here is differentiated, but for `linear`.
 """
@@ -72,7 +72,7 @@ def product_over_rows(left_RM: Tensor, right_RN: Tensor, out: Tensor | None = No
     rows = left_RM.shape[0]
     if not _applies(left_RM, right_RN, rows, left_RM.shape[1] * right_RN.shape[1]):
         return torch.mm(left_RM.t(), right_RN, out=out)
-    whole = rows - rows % BLOCK
+    whole = rows - rows % (STEP if rows < AT_ONCE else BLOCK)
     sum_MN = _onednn(left_RM[:whole].t(), right_RN[:whole].t(), None)
     if whole < rows:
         return torch.addmm(sum_MN, left_RM[whole:].t(), right_RN[whole:], out=sum_MN if out is None else out)
