@@ -4,8 +4,8 @@ Two layouts, the published MoLM of 350 M active and 4 B parameters in all and on
 softmax transformer of equal active and one of equal total parameters: training tokens/s (forward, balance loss,
 backward, fused AdamW with bf16 moments), peak memory, the share of the card's own measured matmul ceiling, evaluation,
 and greedy decoding after a prompt (ModuleFormer's step is replayed as a CUDA graph; the dense rivals' is not, so it
-stands beside ModuleFormer's launch by launch); and a growth step of the smaller layout against a full one. Run gpu.py first: it checks
-the kernels.
+stands beside ModuleFormer's launch by launch); and a growth step of the smaller layout against a full one. Run gpu.py
+first: it checks the kernels.
 """
 
 from __future__ import annotations
