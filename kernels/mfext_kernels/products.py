@@ -29,7 +29,7 @@ BLOCK, STEP = 64, 16  # rows of a block; the rows after the last whole block go 
 AT_ONCE = 512  # rows multiplied before they are copied to where they belong: still in cache, and no large buffer
 FEWEST_ROWS = 64
 ALIGNED, MANY_OUTPUTS = 64, 1024  # on a GPU
-FEWEST_MULTIPLICATIONS = 1 << 21  # a call of oneDNN costs 7 us more than one of MKL
+SMALLEST = 1 << 14  # multiplications a row; a call of oneDNN costs 7 us more than one of MKL
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,11 @@ def _applies(left: Tensor, right: Tensor, rows: int, each: int) -> bool:
 
 
 def _suits(left: Tensor, right: Tensor, rows: int, each: int) -> bool:
-    """Whether oneDNN is faster for so many rows with `each` multiplications a row."""
-    large = rows >= FEWEST_ROWS and rows * each >= FEWEST_MULTIPLICATIONS
+    """Whether oneDNN is faster for so many rows with `each` multiplications a row.
+
+    Not asked of their product: from FEWEST_ROWS on, all of a matrix's rows go one way, whatever their number.
+    """
+    large = rows >= FEWEST_ROWS and each >= SMALLEST
     fp32 = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
     return large and fp32 and choice().onednn
 
