@@ -4,8 +4,8 @@ torch multiplies by MKL, which takes its AVX-512 code on Intel processors alone;
 The choice hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
 
 oneDNN compiles code for every new number of rows, which takes as long as the product itself, and experts meet other
-numbers at every step. So rows go in whole blocks of 64, with the last ones in a short call that overlaps the block
-before: a row's bits do not depend on how many rows there are. Nothing here is differentiated, but for `linear`.
+numbers at every step. So rows go in calls of a multiple of 16, the last one with rows that lie before or behind its
+own: a row's bits do not depend on how many rows there are. Nothing here is differentiated, but for `linear`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from mfext_kernels.autograd import applied
 
-BLOCK, STEP = 64, 16  # rows of a block; the rows after the last whole block go in calls of a multiple of this
+STEP, BLOCK = 16, 64  # rows of a call are a multiple of one, and where nobody asks for them in parts of the other
 AT_ONCE = 512  # rows multiplied before they are copied to where they belong: still in cache, and no large buffer
 FEWEST_ROWS = 64
 ALIGNED, MANY_OUTPUTS = 64, 1024  # on a GPU
@@ -60,11 +61,21 @@ def explain() -> str:
     return choice().reason
 
 
+def full_calls(first: int, last: int, rows: int, stack_EKN: Tensor) -> int:
+    """Where to end the rows from `first` on, of `rows` in all, so that those up to `last` meet a matrix in few calls.
+
+    For rows that lie among others: a call of a few more rows costs less than a second call.
+    """
+    wide = min(first + math.ceil((last - first) / STEP) * STEP, rows)
+    return wide if _suits(stack_EKN, stack_EKN, wide - first, stack_EKN.shape[1] * stack_EKN.shape[2]) else last
+
+
 def product(left_MK: Tensor, right_KN: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right, written to `out` where given."""
+    """left @ right, written to `out` where given; where that has fewer rows, the first ones alone are wanted."""
     if not _applies(left_MK, right_KN, left_MK.shape[0], right_KN.numel()):
-        return torch.mm(left_MK, right_KN, out=out)
-    return _in_blocks(left_MK, right_KN.t(), None, out)
+        wanted = left_MK if out is None or len(out) == len(left_MK) else left_MK[: len(out)]
+        return torch.mm(wanted, right_KN, out=out)
+    return _in_parts(left_MK, right_KN.t(), None, out)
 
 
 def product_over_rows(left_RM: Tensor, right_RN: Tensor, out: Tensor | None = None) -> Tensor:
@@ -106,7 +117,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         need_x, need_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x_NI if need_weight else None, weight_OI if need_x else None)
-        return _in_blocks(x_NI, weight_OI, bias_O, None)
+        return _in_parts(x_NI, weight_OI, bias_O, None)
 
     @staticmethod
     @once_differentiable
@@ -133,19 +144,28 @@ def _suits(left: Tensor, right: Tensor, rows: int, each: int) -> bool:
     return large and fp32 and choice().onednn
 
 
-def _in_blocks(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, out: Tensor | None) -> Tensor:
+def _in_parts(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, out: Tensor | None) -> Tensor:
     rows = left_MK.shape[0]
-    rest = rows % BLOCK
-    if out is None and not rest:
+    if out is None and not rows % BLOCK:
         return _onednn(left_MK, right_NK, bias_N)
     written = left_MK.new_empty(rows, right_NK.shape[0]) if out is None else out
-    for first in range(0, rows - rest, AT_ONCE):
-        part = slice(first, min(first + AT_ONCE, rows - rest))
-        written[part] = _onednn(left_MK[part], right_NK, bias_N)
-    if rest:
-        overlapping = _onednn(left_MK[rows - math.ceil(rest / STEP) * STEP :], right_NK, bias_N)
-        written[rows - rest :] = overlapping[-rest:]
+    for start, first, last in _calls(rows):
+        part = written[first:last]
+        part.copy_(_onednn(left_MK[start:last], right_NK, bias_N)[first - start :][: part.shape[0]])
     return written
+
+
+def _calls(rows: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first, last): a call multiplies rows [start, last), a multiple of STEP, for the sake of [first, last)."""
+    for first in range(0, rows, AT_ONCE):
+        last = min(first + AT_ONCE, rows)
+        missing = -(last - first) % STEP
+        if missing <= first:
+            yield first - missing, first, last
+        else:
+            whole = last - (last - first) % STEP
+            yield first, first, whole
+            yield last - STEP, whole, last
 
 
 def _onednn(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None) -> Tensor:

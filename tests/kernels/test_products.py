@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfext_kernels import products
-from mfext_kernels.products import choice, linear, product, product_over_rows
+from mfext_kernels.products import choice, full_calls, linear, product, product_over_rows
 from tests.kernels.counting import counted
 
 # rows, inner width, columns: few and many rows, whole blocks and not, odd widths, and nothing at all
@@ -70,11 +70,26 @@ def test_products_are_as_exact_as_torchs(sizes: tuple[int, int, int]) -> None:
 def test_large_products_go_to_onednn_and_small_ones_do_not() -> None:
     rows, inner, columns = LARGE
     left, right = drawn(rows, inner), drawn(inner, columns)
-    assert counted(lambda: product(left, right)).onednn_calls == 2, "whole blocks, and the rows after them"
+    assert counted(lambda: product(left, right)).onednn_calls == 2, "whole steps, and the rows after them"
     assert counted(lambda: product(left[:448], right)).onednn_calls == 1
     assert counted(lambda: product_over_rows(left, left)).onednn_calls == 1
     assert counted(lambda: product(left[:63], right)).onednn_calls == 0
     assert counted(lambda: product(left, right[:, :8])).onednn_calls == 0
+
+
+def test_rows_among_others_take_one_call_and_have_the_bits_of_rows_alone() -> None:
+    rows, stack = drawn(900, 256), drawn(2 * 256, 256, seed=1).view(2, 256, 256)
+    for first, last in ((0, 100), (37, 137), (300, 371), (830, 900), (640, 900)):
+        end = full_calls(first, last, 900, stack)
+        assert last <= end < last + 16 and end <= 900
+        out = torch.full((last - first, 256), torch.nan)
+        work = counted(lambda f=first, e=end, out=out: product(rows[f:e], stack[1], out))
+        assert work.onednn_calls == (1 if end < 900 else 2)
+        torch.testing.assert_close(out, rows[first:last] @ stack[1], atol=1e-4, rtol=1e-5)
+        assert torch.equal(out, product(rows, stack[1])[first:last])
+    assert full_calls(3, 43, 900, stack) == 43, "too few rows"
+    assert full_calls(3, 103, 900, stack[:, :8, :8]) == 103, "a small matrix"
+    assert full_calls(3, 103, 900, stack.double()) == 103, "not in float64"
 
 
 @pytest.mark.parametrize("layout", range(3))

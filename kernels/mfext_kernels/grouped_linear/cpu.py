@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfext_kernels.autograd import applied
-from mfext_kernels.products import product, product_over_rows
+from mfext_kernels.products import full_calls, product, product_over_rows
 from mfext_kernels.routing import Dispatch
 
 
@@ -82,7 +82,8 @@ class _GatherLinear(torch.autograd.Function):
         rows_RF = x_ND.new_empty(dispatch.order_R.numel(), weights[0].shape[2])
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+                wide = full_calls(first, last, len(rows_RF), weights[stack])
+                x = x_ND.index_select(0, dispatch.tokens_R[first:wide])
                 product(x, weights[stack][expert], out=rows_RF[first:last])
         return rows_RF
 
@@ -100,7 +101,8 @@ class _GatherLinear(torch.autograd.Function):
                     x = x_ND.index_select(0, dispatch.tokens_R[first:last])
                     product_over_rows(x, grad_RF[first:last], out=grad_weight[expert])
                 if grad_x is not None:
-                    product(grad_RF[first:last], weights[stack][expert].t(), out=grad_x[first:last])
+                    wide = full_calls(first, last, len(grad_RF), weights[stack])
+                    product(grad_RF[first:wide], weights[stack][expert].t(), out=grad_x[first:last])
         return _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None, None, *grads
 
 
@@ -112,7 +114,8 @@ class _ScatterLinear(torch.autograd.Function):
         y_RD = rows_RF.new_empty(rows_RF.shape[0], weights[0].shape[2])
         with torch.autocast(rows_RF.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                product(rows_RF[first:last], weights[stack][expert], out=y_RD[first:last])
+                wide = full_calls(first, last, len(rows_RF), weights[stack])
+                product(rows_RF[first:wide], weights[stack][expert], out=y_RD[first:last])
         return _sum_chosen(y_RD, gates_NK, dispatch)
 
     @staticmethod
@@ -126,14 +129,16 @@ class _ScatterLinear(torch.autograd.Function):
         grad_rows = torch.empty_like(rows_RF, memory_format=torch.contiguous_format)
         with torch.autocast(rows_RF.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:last]), gates_R1[first:last]
+                wide = full_calls(first, last, len(rows_RF), weights[stack])
+                grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:wide]), gates_R1[first:last]
                 rows, grad_weight = rows_RF[first:last], grads[stack]
                 if need_rows or need_gates:
                     ungated = product(grad, weights[stack][expert].t(), out=grad_rows[first:last])
                     torch.linalg.vecdot(rows, ungated, out=gate_grads_R[first:last])
                     ungated.mul_(gates)
                 if grad_weight is not None:
-                    product_over_rows(rows * gates, grad, out=grad_weight[expert])
+                    kept = grad if wide == last else grad[: last - first]
+                    product_over_rows(rows * gates, kept, out=grad_weight[expert])
         grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if need_gates else None
         return grad_rows if need_rows else None, grad_gates, None, *grads
 
@@ -169,8 +174,11 @@ class _ExpertFeedforward(torch.autograd.Function):
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(up, dispatch.sizes):
                 tokens, gates = dispatch.tokens_R[first:last], gates_R1[first:last]
-                grad = grad_ND.index_select(0, tokens)
+                wide = full_calls(first, last, len(hidden_RF), down[stack])
+                grad = grad_ND.index_select(0, dispatch.tokens_R[first:wide])
                 grad_active = product(grad, down[stack][expert].t())
+                if wide > last:
+                    grad, grad_active = grad[: last - first], grad_active[: last - first]
                 active, slope = gelu_with_slope(hidden_RF[first:last], slope=through)
                 torch.linalg.vecdot(active, grad_active, out=gate_grads_R[first:last])
                 grad_down, grad_up = grads_down[stack], grads_up[stack]
@@ -200,9 +208,12 @@ def _feed_forward(
     y_RD = x_ND.new_empty(dispatch.num_tokens * dispatch.num_chosen, down[0].shape[2])
     with torch.autocast(x_ND.device.type, enabled=False):
         for stack, expert, first, last in _experts(up, dispatch.sizes):
-            x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+            wide = full_calls(first, last, len(y_RD), up[stack])
+            x = x_ND.index_select(0, dispatch.tokens_R[first:wide])
             out = None if hidden_RF is None else hidden_RF[first:last]
-            hidden = product(x, up[stack][expert], out=out)
+            hidden = product(x, up[stack][expert], out=out if wide == last else None)
+            if wide > last and out is not None:
+                out.copy_(hidden[: last - first])
             product(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
     return _sum_chosen(y_RD, gates_NK, dispatch)
 
