@@ -146,7 +146,7 @@ def _suits(left: Tensor, right: Tensor, rows: int, each: int) -> bool:
 
 def _in_parts(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, out: Tensor | None) -> Tensor:
     rows = left_MK.shape[0]
-    if out is None and not rows % BLOCK:
+    if out is None and not rows % (STEP if rows <= AT_ONCE else BLOCK):
         return _onednn(left_MK, right_NK, bias_N)
     written = left_MK.new_empty(rows, right_NK.shape[0]) if out is None else out
     for start, first, last in _calls(rows):

@@ -96,12 +96,11 @@ class _GatherLinear(torch.autograd.Function):
         grad_RF = grad_RF.contiguous()
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                grad_weight = grads[stack]
+                grad_weight, wide = grads[stack], full_calls(first, last, len(grad_RF), weights[stack])
                 if grad_weight is not None:
-                    x = x_ND.index_select(0, dispatch.tokens_R[first:last])
-                    product_over_rows(x, grad_RF[first:last], out=grad_weight[expert])
+                    x = _nothing_beyond(x_ND.index_select(0, dispatch.tokens_R[first:wide]), last - first)
+                    product_over_rows(x, grad_RF[first:wide], out=grad_weight[expert])
                 if grad_x is not None:
-                    wide = full_calls(first, last, len(grad_RF), weights[stack])
                     product(grad_RF[first:wide], weights[stack][expert].t(), out=grad_x[first:last])
         return _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None, None, *grads
 
@@ -129,16 +128,15 @@ class _ScatterLinear(torch.autograd.Function):
         grad_rows = torch.empty_like(rows_RF, memory_format=torch.contiguous_format)
         with torch.autocast(rows_RF.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                wide = full_calls(first, last, len(rows_RF), weights[stack])
-                grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:wide]), gates_R1[first:last]
-                rows, grad_weight = rows_RF[first:last], grads[stack]
+                wide, count = full_calls(first, last, len(rows_RF), weights[stack]), last - first
+                grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:wide]), gates_R1[first:wide]
+                rows, grad_weight = rows_RF[first:wide], grads[stack]
                 if need_rows or need_gates:
                     ungated = product(grad, weights[stack][expert].t(), out=grad_rows[first:last])
-                    torch.linalg.vecdot(rows, ungated, out=gate_grads_R[first:last])
-                    ungated.mul_(gates)
+                    torch.linalg.vecdot(_first(rows, count), ungated, out=gate_grads_R[first:last])
+                    ungated.mul_(_first(gates, count))
                 if grad_weight is not None:
-                    kept = grad if wide == last else grad[: last - first]
-                    product_over_rows(rows * gates, kept, out=grad_weight[expert])
+                    product_over_rows(_nothing_beyond(rows * gates, count), grad, out=grad_weight[expert])
         grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if need_gates else None
         return grad_rows if need_rows else None, grad_gates, None, *grads
 
@@ -173,20 +171,18 @@ class _ExpertFeedforward(torch.autograd.Function):
         gate_grads_R = torch.empty_like(gates_R1[:, 0])
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(up, dispatch.sizes):
-                tokens, gates = dispatch.tokens_R[first:last], gates_R1[first:last]
-                wide = full_calls(first, last, len(hidden_RF), down[stack])
-                grad = grad_ND.index_select(0, dispatch.tokens_R[first:wide])
+                wide, count = full_calls(first, last, len(hidden_RF), down[stack]), last - first
+                tokens, gates = dispatch.tokens_R[first:wide], gates_R1[first:wide]
+                grad = grad_ND.index_select(0, tokens)
                 grad_active = product(grad, down[stack][expert].t())
-                if wide > last:
-                    grad, grad_active = grad[: last - first], grad_active[: last - first]
-                active, slope = gelu_with_slope(hidden_RF[first:last], slope=through)
-                torch.linalg.vecdot(active, grad_active, out=gate_grads_R[first:last])
+                active, slope = gelu_with_slope(hidden_RF[first:wide], slope=through)
+                torch.linalg.vecdot(_first(active, count), _first(grad_active, count), out=gate_grads_R[first:last])
                 grad_down, grad_up = grads_down[stack], grads_up[stack]
                 if grad_down is not None:
-                    product_over_rows(active.mul_(gates), grad, out=grad_down[expert])
+                    product_over_rows(_nothing_beyond(active.mul_(gates), count), grad, out=grad_down[expert])
                 if slope is None:
                     continue
-                grad_hidden = grad_active.mul_(gates).mul_(slope)
+                grad_hidden = _nothing_beyond(grad_active.mul_(gates).mul_(slope), count)
                 if grad_up is not None:
                     product_over_rows(x_ND.index_select(0, tokens), grad_hidden, out=grad_up[expert])
                 if grad_x is not None:
@@ -216,6 +212,17 @@ def _feed_forward(
                 out.copy_(hidden[: last - first])
             product(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
     return _sum_chosen(y_RD, gates_NK, dispatch)
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    return rows if len(rows) == count else rows[:count]
+
+
+def _nothing_beyond(rows: Tensor, count: int) -> Tensor:
+    """The rows themselves, those after the first `count` (other experts') made zeros: they add nothing to a sum."""
+    if len(rows) > count:
+        rows[count:] = 0
+    return rows
 
 
 def gelu_with_slope(hidden: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
