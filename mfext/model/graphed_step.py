@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mfext_kernels.backends import on_device_of
+
 if TYPE_CHECKING:
     from mfext.model.cache import Cache
     from mfext.model.language_model import LanguageModel
@@ -28,7 +30,8 @@ class GraphedStep:
         self._token_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._filled_1 = torch.full((1,), cache.length, dtype=torch.int64, device=device)
         fixed = replace(cache, filled_1=self._filled_1, gates={}, graphed=None)
-        self._logits_BTV = self._record(model, fixed)
+        with on_device_of(self._token_B1):
+            self._logits_BTV = self._record(model, fixed)
 
     def __call__(self, token_B1: Tensor, filled: int) -> Tensor:
         """Logits (B, 1, V) of the tokens that follow `filled` cached ones."""
