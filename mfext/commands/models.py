@@ -15,6 +15,7 @@ from mfext.errors import DamagedError, InputError
 from mfext.hub.molm import config_from_published, is_published_config, tensors_from_published
 from mfext.model.build import new_model
 from mfext.model.language_model import LanguageModel
+from mfext.model.shapes import shapes_alone
 from mfext.store import (
     FORMAT_KEYS,
     WEIGHTS_KEY,
@@ -89,7 +90,7 @@ def open_model(path: str | Path) -> OpenedModel:
 
 def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> LanguageModel:
     """A model whose every tensor comes from `tensors`; DamagedError where one is missing, odd or left over."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = new_model(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() ^ tensors.keys()):

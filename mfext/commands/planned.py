@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from mfext.config import ModelConfig, Recipe
 from mfext.growth.plan import Plan, count_parameters, gate_parameters, plan_expansion, plan_growth
 from mfext.model.build import new_model
+from mfext.model.shapes import shapes_alone
 from mfext.report.planning import plan_report
 from mfext.report.report import Report
 from mfext.training.methods.lora import add_adapters
@@ -68,7 +67,7 @@ def _trainable(recipe: Recipe, before: ModelConfig, after: ModelConfig) -> int:
     if recipe.method == "expand":
         return total - count_parameters(before).total
     if recipe.method == "lora":
-        with torch.device("meta"):
+        with shapes_alone():
             model = new_model(before).requires_grad_(False)
             add_adapters(model, recipe.lora, recipe.seed)
         return sum(each.numel() for each in model.parameters()) - total

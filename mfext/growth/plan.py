@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-import torch
-
 from mfext.config import ExpertInitialisation, GenerationConfig, GrowthConfig, ModelConfig
 from mfext.config_gate import DomainGateConfig
 from mfext.errors import InputError
 from mfext.growth.growable import require_growable
 from mfext.model.build import new_model
 from mfext.model.domain_gate import DomainGate
+from mfext.model.shapes import shapes_alone
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def old_layers(plan: Plan) -> tuple[int, ...]:
 def old_names(plan: Plan) -> dict[str, str]:
     """Every parameter's name before an expansion, and its name afterwards."""
     moved = old_layers(plan)
-    with torch.device("meta"):
+    with shapes_alone():
         names = list(new_model(plan.before).state_dict())
     renamed = {}
     for name in names:
@@ -238,7 +237,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     Active means what one token's forward multiplies with: chosen experts only, one embedding row,
     every generation open, no choice null.
     """
-    with torch.device("meta"):
+    with shapes_alone():
         model = new_model(config)
     shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     grown = [0] * len(config.generations)
@@ -254,7 +253,7 @@ def gate_parameters(config: ModelConfig) -> int:
     gate = config.generations[-1].gate if config.generations else None
     if gate is None:
         return 0
-    with torch.device("meta"):
+    with shapes_alone():
         return sum(parameter.numel() for parameter in DomainGate(gate, config.vocab_size).parameters())
 
 

@@ -19,6 +19,7 @@ from mfext.growth.apply import apply_plan, require_fit, set_config
 from mfext.growth.plan import Plan, RemoveExperts
 from mfext.model.generation import Generation
 from mfext.model.moduleformer import ModuleFormer
+from mfext.model.shapes import shapes_alone
 
 
 def plan_removal(config: ModelConfig, names: Sequence[str]) -> Plan:
@@ -115,7 +116,7 @@ def restore_generations(model: ModuleFormer, removed: RemovedGenerations) -> Non
 
 def _generation(model: ModuleFormer, removed: RemovedGenerations, number: int, own: GenerationConfig) -> Generation:
     weight, prefix = model.embedding.weight, _prefix(number)
-    with torch.device("meta"):
+    with shapes_alone():
         generation = Generation(own, removed.before)
     tensors = {name.removeprefix(prefix): each for name, each in removed.tensors.items() if name.startswith(prefix)}
     expected = {name: each.shape for name, each in generation.state_dict().items()}
