@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,9 +149,9 @@ def _decoded(shape: Shape, rivals: Mapping[str, ModelConfig]) -> dict[str, float
 
 def _peaks(shape: Shape, rivals: Mapping[str, ModelConfig], threads: int) -> dict[str, int]:
     """A peak is a process's own and never falls, so every contestant has a fresh one."""
-    work = [(config, shape.batch, shape.length, threads) for config in rivals.values()]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return dict(zip(rivals, pool.starmap(peak_train_bytes, work, chunksize=1), strict=True))
+    sizes = [[each] * len(rivals) for each in (shape.batch, shape.length, threads)]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        return dict(zip(rivals, pool.map(peak_train_bytes, rivals.values(), *sizes), strict=True))
 
 
 def _at_most(what: str, ours: Run, other: Run, times: int, target: float) -> Figure:
