@@ -31,6 +31,9 @@ from mfext.model.linear import Linear
 from mfext.model.positions import Positions
 from mfext.model.router import Routing
 
+# Sequences decoded one after another in compiled code; of more, torch's products read every weight once for all.
+ROWS_ONE_BY_ONE = 16
+
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a LayerNorm, each added to the residual."""
@@ -122,7 +125,7 @@ class ModuleFormer(LanguageModel):
         )
         if cache is not None and not (return_hidden or return_attentions or self.observed or self.masked):
             if not (opened or competing) and self._decodes(input_ids, positions, cache):
-                return self._decode(input_ids, cache, gates)
+                return self._decode(input_ids, positions, cache, gates)
             if attention_mask is None and document_starts is None and records(self, input_ids, cache):
                 return self._replay(input_ids, cache)
             if cache.filled_1 is not None:
@@ -160,12 +163,15 @@ class ModuleFormer(LanguageModel):
             yield block.attention, block.feedforward, (block.attention_norm, block.feedforward_norm)
 
     def _decodes(self, input_ids: Tensor, positions: Positions, cache: Cache) -> bool:
-        """Whether this is one token of one sequence on the CPU with nothing to train, that no generation is open on."""
-        config = self.config
+        """Whether this is one token of a few sequences on the CPU with nothing to train, that no generation is open on.
+
+        Of more than one, or of one that does not see its cache from the first key on, by the compiled step alone.
+        """
+        config, rows = self.config, cache.keys_values[0].shape[1]
         simple = (
-            input_ids.shape == (1, 1)
+            input_ids.shape == (rows, 1)
+            and rows <= ROWS_ONE_BY_ONE
             and input_ids.device.type == "cpu"
-            and positions.starts_BT is None
             and cache.length < cache.capacity
             and not torch.is_grad_enabled()
             and config.router == "mlp"
@@ -175,26 +181,29 @@ class ModuleFormer(LanguageModel):
             return False
         if cache.compiled is None and cache.weights is None:
             cache.compiled = compiled_step(self, cache)
-        torch_too = self.embedding.weight.dtype in (torch.float32, torch.float64) and not config.identity_keys_values
+        plain = rows == 1 and positions.starts_BT is None and not config.identity_keys_values
+        torch_too = plain and self.embedding.weight.dtype in (torch.float32, torch.float64)
         return cache.compiled is not None or torch_too
 
-    def _decode(self, input_ids: Tensor, cache: Cache, gates: dict[int, Tensor]) -> ModelOutput:
-        """One token: by the compiled step, which reports no routings, or by the shortest path through torch."""
-        x_1D = F.embedding(input_ids[0], self.embedding.weight)
+    def _decode(self, input_ids: Tensor, positions: Positions, cache: Cache, gates: dict[int, Tensor]) -> ModelOutput:
+        """One token a row: by the compiled step, which reports no routings, or by the shortest path through torch."""
+        x_BD = F.embedding(input_ids[:, 0], self.embedding.weight)
         routings: list[Routing] = []
         if cache.compiled is not None:
-            cache.compiled(x_1D, cache.length)
+            starts_B = None if positions.starts_BT is None else positions.starts_BT[:, 0]
+            cache.compiled(x_BD, cache.length, starts_B)
+            cache.starts_B = starts_B
         else:
             if cache.weights is None:
                 cache.weights = tuple(block.weights() for block in self.blocks if isinstance(block, Block))
             for weights, keys_values in zip(cache.weights, cache.keys_values, strict=True):
-                x_1D, attention_routing = attend(x_1D, weights.attention, keys_values, cache.length)
-                x_1D, feedforward_routing = feed_forward(x_1D, weights.feedforward)
+                x_BD, attention_routing = attend(x_BD, weights.attention, keys_values, cache.length)
+                x_BD, feedforward_routing = feed_forward(x_BD, weights.feedforward)
                 routings += attention_routing, feedforward_routing
         cache.length += 1
         norm = self.final_norm
-        normed_1D = F.layer_norm(x_1D, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        logits_BTV = F.linear(normed_1D, self.lm_head.weight).unsqueeze(0)
+        normed_BD = F.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        logits_BTV = F.linear(normed_BD, self.lm_head.weight).unsqueeze(1)
         return ModelOutput(logits_BTV, tuple(routings), _stacked(gates))
 
     def _replay(self, input_ids: Tensor, cache: Cache) -> ModelOutput:

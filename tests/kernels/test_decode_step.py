@@ -13,7 +13,7 @@ import torch
 
 from mfext.config import ModelConfig
 from mfext.model.generate import Sampling
-from mfext.model.moduleformer import ModuleFormer
+from mfext.model.moduleformer import ROWS_ONE_BY_ONE, ModuleFormer
 from mfext_kernels import native
 from mfext_kernels.decode_step import SOURCE, available, explain
 
@@ -166,3 +166,37 @@ def test_a_folder_others_can_write_is_not_trusted(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
     built = native.build.__wrapped__(SOURCE)
     assert built.loaded is None and "written by others" in built.reason
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_one_after_another_equal_the_whole_forward_also_where_one_is_padded(shape: str) -> None:
+    model, ids, mask = model_of(SHAPES[shape]), torch.randint(0, 256, (3, 40)), torch.ones(3, 40, dtype=torch.long)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        cache = model.new_cache(3, 40)
+        pieces = [model(ids[:, :9], attention_mask=mask[:, :9], cache=cache).logits]
+        pieces += [model(ids[:, [at]], cache=cache).logits for at in range(9, 40)]
+    assert cache.compiled is not None and cache.length == 40
+    steps, real = torch.cat(pieces, dim=1), mask.bool()
+    assert (steps - whole)[real].abs().max() <= TOLERANCE * whole[real].abs().max()
+
+
+def test_a_document_that_begins_in_one_row_sees_nothing_older() -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (2, 12))
+    starts = torch.zeros(2, 12, dtype=torch.long)
+    starts[0, 5:] = 5
+    with torch.no_grad():
+        whole = model(ids, document_starts=starts).logits
+        cache = model.new_cache(2, 12)
+        steps = [model(ids[:, [at]], document_starts=starts[:, [at]], cache=cache).logits for at in range(12)]
+    assert cache.compiled is not None
+    assert (torch.cat(steps, dim=1) - whole).abs().max() <= TOLERANCE * whole.abs().max()
+
+
+def test_more_rows_than_a_few_go_through_torch_together() -> None:
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (ROWS_ONE_BY_ONE + 1, 1))
+    cache = model.new_cache(len(ids), 2)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    assert cache.compiled is None and cache.weights is None

@@ -1,4 +1,4 @@
-/* One new token of one sequence through every layer of a ModuleFormer, float32, in one call.
+/* One new token of one sequence, or of several one after another, through every layer of a ModuleFormer, float32.
  *
  * Matrices are row-major. Expert matrices (E, in, out) are applied as a weighted sum of their rows, so
  * each weight is read once, in order; linear layers (out, in) as dot products. The residual stream x (D)
@@ -17,7 +17,7 @@ typedef struct {
 typedef struct {
     Site attention, feedforward;
     const float *key_weight, *key_bias, *value_weight, *value_bias; /* (A, D), (A); NULL: keys and values are x */
-    float *keys, *values;                                           /* (H, capacity, C) */
+    float *keys, *values;                                           /* (rows, H, capacity, C) */
 } Layer;
 
 typedef struct {
@@ -115,7 +115,8 @@ static void append(float *cache, const float *weight, const float *bias, const f
 
 /* `scratch` holds D + G + E + 2 * max(A, F) floats, E the largest of all sites, the widths of both kinds; at most 64
  * experts are chosen. Keys before `start` are not seen. */
-void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t position, int32_t start, float *x, float *scratch) {
+static void step(const Layer *layers, const Shape *shape, int row, int position, int start, float *x, float *scratch) {
+    const size_t own = (size_t)row * shape->num_heads * shape->capacity * shape->d_head;
     const int d = shape->d_model, wide = shape->num_heads * shape->d_head, width = shape->d_head;
     float *normed = scratch, *hidden = normed + d, *first = hidden + shape->d_router;
     float *second = first + (wide > shape->d_feedforward ? wide : shape->d_feedforward);
@@ -125,8 +126,9 @@ void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t position
     for (int number = 0; number < shape->num_layers; number++) {
         const Layer *layer = layers + number;
         layer_norm(normed, x, &layer->attention, d, shape->eps);
-        append(layer->keys, layer->key_weight, layer->key_bias, normed, shape, position);
-        append(layer->values, layer->value_weight, layer->value_bias, normed, shape, position);
+        float *keys = layer->keys + own, *values = layer->values + own;
+        append(keys, layer->key_weight, layer->key_bias, normed, shape, position);
+        append(values, layer->value_weight, layer->value_bias, normed, shape, position);
         choose(experts, gates, normed, &layer->attention, shape, shape->attention_chosen, hidden, probability);
         for (int k = 0; k < shape->attention_chosen; k++) {
             const size_t at = (size_t)experts[k] * d * wide;
@@ -135,7 +137,7 @@ void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t position
             add_product(first, normed, layer->attention.enter + at, d, wide, 1);
             for (int h = 0; h < shape->num_heads; h++) {
                 const size_t head = (size_t)h * shape->capacity * width;
-                attend(second + h * width, first + h * width, layer->keys + head, layer->values + head, position, start, width);
+                attend(second + h * width, first + h * width, keys + head, values + head, position, start, width);
             }
             add_product(x, second, layer->attention.leave + at, wide, d, gates[k]);
         }
@@ -153,4 +155,11 @@ void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t position
             add_product(x, first, layer->feedforward.leave + at, f, d, gates[k]);
         }
     }
+}
+
+/* x (rows, D) in place; `starts` (rows), or NULL where every row sees the cache from its first key on. */
+void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t rows, int32_t position, const int32_t *starts,
+                       float *x, float *scratch) {
+    for (int row = 0; row < rows; row++)
+        step(layers, shape, row, position, starts ? starts[row] : 0, x + (size_t)row * shape->d_model, scratch);
 }
