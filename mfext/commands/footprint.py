@@ -20,19 +20,21 @@ from mfext.model.build import new_model
 from mfext.model.language_model import LanguageModel
 
 TINY = ModelConfig(d_model=16, num_layers=1, num_heads=2, d_attention=16, d_feedforward=16, d_router=8)
-PROMPT, DECODED, READ, TIMES = 64, 32, 256, 5
+PROMPT, DECODED, READ, SIDE_BY_SIDE, TIMES = 64, 32, 256, 16, 5
 
 
 def footprint(folder: Path) -> dict[str, object]:
     """Parameters, bytes on disk, peak memory of loading and reading `PROMPT` tokens, tokens read and decoded a second.
 
-    The peak is over what a process holds that has run a tiny model; speeds are medians of `TIMES` runs of one sequence,
-    `READ` tokens at once and `DECODED` one after another, in processor time.
+    The peak is over what a process holds that has run a tiny model; speeds are medians of `TIMES` runs in processor
+    time, of `READ` tokens of one sequence at once and of `DECODED` one after another: of one sequence, and of
+    `SIDE_BY_SIDE`, whose tokens are counted together and whose experts are read once for all that chose them.
     """
     model = open_model(folder).model
     generator = torch.Generator().manual_seed(0)
-    prompt_BT, read_BT = (
-        torch.randint(0, model.config.vocab_size, (1, length), generator=generator) for length in (PROMPT, READ)
+    prompts_BT, read_BT = (
+        torch.randint(0, model.config.vocab_size, shape, generator=generator)
+        for shape in ((SIDE_BY_SIDE, PROMPT), (1, READ))
     )
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         peak = pool.submit(_peak_bytes, folder, torch.get_num_threads()).result()
@@ -41,7 +43,8 @@ def footprint(folder: Path) -> dict[str, object]:
         "disk_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "peak_bytes": peak,
         "read_tokens_per_s": READ / _seconds(lambda: _read(model, read_BT)),
-        "decode_tokens_per_s": DECODED / _seconds(decode(model, prompt_BT, DECODED)),
+        "decode_tokens_per_s": DECODED / _seconds(decode(model, prompts_BT[:1], DECODED)),
+        f"decode_{SIDE_BY_SIDE}_tokens_per_s": SIDE_BY_SIDE * DECODED / _seconds(decode(model, prompts_BT, DECODED)),
     }
 
 

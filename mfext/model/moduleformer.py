@@ -31,8 +31,8 @@ from mfext.model.linear import Linear
 from mfext.model.positions import Positions
 from mfext.model.router import Routing
 
-# Sequences decoded one after another in compiled code; of more, torch's products read every weight once for all.
-ROWS_ONE_BY_ONE = 16
+# Sequences decoded by the compiled step; beyond, torch's products make up for their calls.
+MOST_ROWS_COMPILED = 32
 
 
 class Block(nn.Module):
@@ -170,7 +170,7 @@ class ModuleFormer(LanguageModel):
         config, rows = self.config, cache.keys_values[0].shape[1]
         simple = (
             input_ids.shape == (rows, 1)
-            and rows <= ROWS_ONE_BY_ONE
+            and rows <= MOST_ROWS_COMPILED
             and input_ids.device.type == "cpu"
             and cache.length < cache.capacity
             and not torch.is_grad_enabled()

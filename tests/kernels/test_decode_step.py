@@ -13,7 +13,7 @@ import torch
 
 from mfext.config import ModelConfig
 from mfext.model.generate import Sampling
-from mfext.model.moduleformer import ROWS_ONE_BY_ONE, ModuleFormer
+from mfext.model.moduleformer import MOST_ROWS_COMPILED, ModuleFormer
 from mfext_kernels import native
 from mfext_kernels.decode_step import SOURCE, available, explain
 
@@ -169,7 +169,7 @@ def test_a_folder_others_can_write_is_not_trusted(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_one_after_another_equal_the_whole_forward_also_where_one_is_padded(shape: str) -> None:
+def test_rows_side_by_side_equal_the_whole_forward_also_where_one_is_padded(shape: str) -> None:
     model, ids, mask = model_of(SHAPES[shape]), torch.randint(0, 256, (3, 40)), torch.ones(3, 40, dtype=torch.long)
     mask[1, :7] = 0
     with torch.no_grad():
@@ -194,8 +194,25 @@ def test_a_document_that_begins_in_one_row_sees_nothing_older() -> None:
     assert (torch.cat(steps, dim=1) - whole).abs().max() <= TOLERANCE * whole.abs().max()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_has_the_same_bits_whoever_is_beside_it(shape: str) -> None:
+    model, ids = model_of(SHAPES[shape]), torch.randint(0, 256, (11, 20))
+    with torch.no_grad():
+
+        def decoded(rows: torch.Tensor) -> torch.Tensor:
+            cache = model.new_cache(len(rows), 20)
+            for at in range(20):
+                model(rows[:, [at]], cache=cache)
+            assert cache.compiled is not None
+            return torch.stack(cache.keys_values)  # the last layer's keys follow from all that lies below
+
+        together = decoded(ids)
+        alone = [decoded(ids[[row]]) for row in range(11)]
+    assert torch.equal(together, torch.cat(alone, dim=2))
+
+
 def test_more_rows_than_a_few_go_through_torch_together() -> None:
-    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (ROWS_ONE_BY_ONE + 1, 1))
+    model, ids = model_of(SHAPES["two heads"]), torch.randint(0, 256, (MOST_ROWS_COMPILED + 1, 1))
     cache = model.new_cache(len(ids), 2)
     with torch.no_grad():
         model(ids, cache=cache)

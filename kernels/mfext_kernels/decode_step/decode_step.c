@@ -1,8 +1,10 @@
-/* One new token of one sequence, or of several one after another, through every layer of a ModuleFormer, float32.
+/* One new token of one or several sequences (rows) through every layer of a ModuleFormer, float32.
  *
- * Matrices are row-major. Expert matrices (E, in, out) are applied as a weighted sum of their rows, so
- * each weight is read once, in order; linear layers (out, in) as dot products. The residual stream x (D)
- * is read and written in place; keys and values of the new position are appended to the cache. */
+ * Matrices are row-major. Expert matrices (E, in, out) are applied as a weighted sum of their rows, linear layers
+ * (out, in) as dot products. Rows that chose the same expert pass it together, four of its rows at a time, so each
+ * weight comes from memory once however many rows want it; a row's sums have the same order whoever is beside it, so
+ * its bits are those of the row alone. The residual stream x (rows, D) is read and written in place; keys and values
+ * of the new position are appended to the cache. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -33,20 +35,62 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* y (out) += scale * x (in) W (in, out), four rows at a time. */
-static void add_product(float *restrict y, const float *restrict x, const float *restrict w, int in, int out, float scale) {
+/* y (rows, out) = x (rows, in) W^T + bias, W (out, in), four outputs at a time; `bias` may be NULL. */
+static void linear(float *y, const float *x, const float *w, const float *bias, int rows, int in, int out) {
+    int o = 0;
+    for (; o + 4 <= out; o += 4, w += 4 * (size_t)in) {
+        const float *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;
+        for (int row = 0; row < rows; row++) {
+            const float *from = x + (size_t)row * in;
+            float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+            for (int i = 0; i < in; i++) {
+                a += w[i] * from[i];
+                b += w1[i] * from[i];
+                c += w2[i] * from[i];
+                d += w3[i] * from[i];
+            }
+            float *to = y + (size_t)row * out + o;
+            to[0] = a, to[1] = b, to[2] = c, to[3] = d;
+        }
+    }
+    for (; o < out; o++, w += in)
+        for (int row = 0; row < rows; row++) y[(size_t)row * out + o] = dot(w, x + (size_t)row * in, in);
+    if (bias)
+        for (int row = 0; row < rows; row++)
+            for (int i = 0; i < out; i++) y[(size_t)row * out + i] += bias[i];
+}
+
+/* Some rows of a matrix: number i is base + width * (numbers ? numbers[i] : i). */
+typedef struct {
+    float *base;
+    int32_t width;
+    const int32_t *numbers;
+} Rows;
+
+static float *pick(const Rows *rows, int i) { return rows->base + (size_t)rows->width * (rows->numbers ? rows->numbers[i] : i); }
+
+/* y[i] (out) += scales[i] * x[i] (in) W (in, out) for each of `count` rows, four rows of W at a time; scales NULL: 1. */
+static void add_products(Rows y, Rows x, const float *w, const float *scales, int count) {
+    const int in = x.width, out = y.width;
     int row = 0;
     for (; row + 4 <= in; row += 4, w += 4 * (size_t)out) {
-        const float a = scale * x[row], b = scale * x[row + 1], c = scale * x[row + 2], d = scale * x[row + 3];
         const float *w1 = w + out, *w2 = w1 + out, *w3 = w2 + out;
+        for (int n = 0; n < count; n++) {
+            const float *from = pick(&x, n) + row, scale = scales ? scales[n] : 1;
+            const float a = scale * from[0], b = scale * from[1], c = scale * from[2], d = scale * from[3];
+            float *restrict to = pick(&y, n);
 #pragma omp simd
-        for (int i = 0; i < out; i++) y[i] += (a * w[i] + b * w1[i]) + (c * w2[i] + d * w3[i]);
+            for (int i = 0; i < out; i++) to[i] += (a * w[i] + b * w1[i]) + (c * w2[i] + d * w3[i]);
+        }
     }
-    for (; row < in; row++, w += out) {
-        const float a = scale * x[row];
+    for (; row < in; row++, w += out)
+        for (int n = 0; n < count; n++) {
+            const float a = (scales ? scales[n] : 1) * pick(&x, n)[row];
+            float *restrict to = pick(&y, n);
 #pragma omp simd
-        for (int i = 0; i < out; i++) y[i] += a * w[i];
-    }
+            for (int i = 0; i < out; i++) to[i] += a * w[i];
+        }
 }
 
 static void layer_norm(float *y, const float *x, const Site *site, int n, float eps) {
@@ -61,20 +105,11 @@ static void layer_norm(float *y, const float *x, const Site *site, int n, float 
     for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * site->norm_weight[i] + site->norm_bias[i];
 }
 
-/* The `chosen` most probable experts, in falling order, the lower number first among equals, and their
- * probabilities. `hidden` (G) and `probability` (E) are scratch. */
-static void choose(int *experts, float *gates, const float *x, const Site *site, const Shape *shape, int chosen,
-                   float *hidden, float *probability) {
-    const int num_experts = site->num_experts;
-    for (int i = 0; i < shape->d_router; i++) {
-        const float h = dot(site->hidden_weight + (size_t)i * shape->d_model, x, shape->d_model) + site->hidden_bias[i];
-        hidden[i] = 0.5f * h * (1 + erff(h * 0.70710678118654752f));
-    }
+/* The `chosen` largest of `probability` (E, overwritten), in falling order, the lower number first among equals. */
+static void choose(int32_t *experts, float *gates, float *probability, int num_experts, int chosen) {
     float most = -INFINITY, sum = 0;
-    for (int e = 0; e < num_experts; e++) {
-        probability[e] = dot(site->output_weight + (size_t)e * shape->d_router, hidden, shape->d_router);
+    for (int e = 0; e < num_experts; e++)
         if (probability[e] > most) most = probability[e];
-    }
     for (int e = 0; e < num_experts; e++) sum += probability[e] = expf(probability[e] - most);
     for (int k = 0; k < chosen; k++) {
         int best = -1;
@@ -84,6 +119,38 @@ static void choose(int *experts, float *gates, const float *x, const Site *site,
         experts[k] = best;
         gates[k] = probability[best] / sum;
         probability[best] = -1;
+    }
+}
+
+/* Room for a step of `rows` rows, from the caller's scratch. */
+typedef struct {
+    float *normed, *first, *second;      /* (rows, D), (rows, W), (rows, W) */
+    float *hidden, *probability;         /* (rows, G), (rows, E) */
+    float *gates, *sorted_gates;         /* (rows, K): as chosen, and by expert */
+    int32_t *experts, *sorted_rows;      /* (rows, K) */
+    int32_t *begins;                     /* (E + 1): where each expert's rows begin in sorted_rows */
+} Room;
+
+/* Router of every row, then its picks sorted by expert, a row's place kept among equals. */
+static void route(const Room *room, const Site *site, const Shape *shape, int rows, int chosen) {
+    const int num_experts = site->num_experts, d_router = shape->d_router, picks = rows * chosen;
+    linear(room->hidden, room->normed, site->hidden_weight, site->hidden_bias, rows, shape->d_model, d_router);
+    for (int i = 0; i < rows * d_router; i++) {
+        const float h = room->hidden[i];
+        room->hidden[i] = 0.5f * h * (1 + erff(h * 0.70710678118654752f));
+    }
+    linear(room->probability, room->hidden, site->output_weight, NULL, rows, d_router, num_experts);
+    memset(room->begins, 0, sizeof(int32_t) * (num_experts + 1));
+    for (int row = 0; row < rows; row++) {
+        const size_t at = (size_t)row * chosen;
+        choose(room->experts + at, room->gates + at, room->probability + (size_t)row * num_experts, num_experts, chosen);
+        for (int k = 0; k < chosen; k++) room->begins[room->experts[at + k]]++;
+    }
+    for (int e = 0, end = 0; e <= num_experts; e++) room->begins[e] = end += e < num_experts ? room->begins[e] : 0;
+    for (int pick = picks - 1; pick >= 0; pick--) { /* from the last on: begins count down to where each begins */
+        const int to = --room->begins[room->experts[pick]];
+        room->sorted_rows[to] = pick / chosen;
+        room->sorted_gates[to] = room->gates[pick];
     }
 }
 
@@ -103,63 +170,88 @@ static void attend(float *o, const float *q, const float *keys, const float *val
     }
 }
 
-static void append(float *cache, const float *weight, const float *bias, const float *x, const Shape *shape, int position) {
-    for (int h = 0; h < shape->num_heads; h++) {
-        float *row = cache + ((size_t)h * shape->capacity + position) * shape->d_head;
-        for (int i = 0; i < shape->d_head; i++) {
-            const int out = h * shape->d_head + i;
-            row[i] = weight ? dot(weight + (size_t)out * shape->d_model, x, shape->d_model) + bias[out] : x[out];
+/* The new position's keys or values of every row, into the cache (rows, H, capacity, C); W NULL: x itself. */
+static void append(float *cache, const float *weight, const float *bias, const Room *room, const Shape *shape, int rows,
+                   int position) {
+    const int wide = shape->num_heads * shape->d_head;
+    const float *from = room->normed;
+    if (weight) {
+        linear(room->first, room->normed, weight, bias, rows, shape->d_model, wide);
+        from = room->first;
+    }
+    for (int row = 0; row < rows; row++)
+        for (int h = 0; h < shape->num_heads; h++) {
+            const size_t head = ((size_t)row * shape->num_heads + h) * shape->capacity + position;
+            memcpy(cache + head * shape->d_head, from + (size_t)row * wide + h * shape->d_head, sizeof(float) * shape->d_head);
         }
+}
+
+/* What every expert of a site adds to the rows that chose it. `layer` NULL: feed-forward; else attention over its cache. */
+static void add_experts(const Room *room, const Site *site, const Shape *shape, const Layer *layer, const int32_t *starts,
+                        int position, float *x) {
+    const int d = shape->d_model, heads = shape->num_heads, width = shape->d_head;
+    const int wide = layer ? heads * width : shape->d_feedforward;
+    for (int e = 0; e < site->num_experts; e++) {
+        const int begin = room->begins[e], count = room->begins[e + 1] - begin;
+        if (!count) continue;
+        const int32_t *numbers = room->sorted_rows + begin;
+        const size_t at = (size_t)e * d * wide;
+        const Rows first = {room->first, wide, NULL}, second = {room->second, wide, NULL};
+        memset(room->first, 0, sizeof(float) * count * wide);
+        add_products(first, (Rows){room->normed, d, numbers}, site->enter + at, NULL, count);
+        if (layer) {
+            memset(room->second, 0, sizeof(float) * count * wide);
+            for (int n = 0; n < count; n++)
+                for (int h = 0; h < heads; h++) {
+                    const size_t head = ((size_t)numbers[n] * heads + h) * shape->capacity * width;
+                    attend(pick(&second, n) + h * width, pick(&first, n) + h * width, layer->keys + head,
+                           layer->values + head, position, starts ? starts[numbers[n]] : 0, width);
+                }
+        } else {
+            for (int i = 0; i < count * wide; i++) {
+                const float h = room->first[i];
+                room->first[i] = h / (1 + expf(-1.5957691216057308f * (h + 0.044715f * h * h * h)));
+            }
+        }
+        add_products((Rows){x, d, numbers}, layer ? second : first, site->leave + at, room->sorted_gates + begin, count);
     }
 }
 
-/* `scratch` holds D + G + E + 2 * max(A, F) floats, E the largest of all sites, the widths of both kinds; at most 64
- * experts are chosen. Keys before `start` are not seen. */
-static void step(const Layer *layers, const Shape *shape, int row, int position, int start, float *x, float *scratch) {
-    const size_t own = (size_t)row * shape->num_heads * shape->capacity * shape->d_head;
-    const int d = shape->d_model, wide = shape->num_heads * shape->d_head, width = shape->d_head;
-    float *normed = scratch, *hidden = normed + d, *first = hidden + shape->d_router;
-    float *second = first + (wide > shape->d_feedforward ? wide : shape->d_feedforward);
-    float *probability = second + (wide > shape->d_feedforward ? wide : shape->d_feedforward);
-    int experts[64];
-    float gates[64];
+static void add_site(const Room *room, const Site *site, const Shape *shape, const Layer *layer, int rows, int chosen,
+                     const int32_t *starts, int position, float *x) {
+    const int d = shape->d_model;
+    for (int row = 0; row < rows; row++)
+        layer_norm(room->normed + (size_t)row * d, x + (size_t)row * d, site, d, shape->eps);
+    if (layer) {
+        append(layer->keys, layer->key_weight, layer->key_bias, room, shape, rows, position);
+        append(layer->values, layer->value_weight, layer->value_bias, room, shape, rows, position);
+    }
+    route(room, site, shape, rows, chosen);
+    add_experts(room, site, shape, layer, starts, position, x);
+}
+
+/* x (rows, D) in place; `starts` (rows): keys before it are not seen, or NULL where every row sees the cache from its
+ * first key on. With E the most experts of a site, W the wider of A and F and K the most chosen, `scratch` holds
+ * rows * (D + 2 W + G + E + 2 K) floats, `numbers` 2 rows K + E + 1 integers. */
+void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t rows, int32_t position, const int32_t *starts,
+                       float *x, float *scratch, int32_t *numbers) {
+    const int wide = shape->num_heads * shape->d_head, f = shape->d_feedforward, widest = wide > f ? wide : f;
+    const int attention = shape->attention_chosen, feedforward = shape->feedforward_chosen;
+    const size_t picks = (size_t)rows * (attention > feedforward ? attention : feedforward);
+    Room room;
+    room.normed = scratch;
+    room.first = room.normed + (size_t)rows * shape->d_model;
+    room.second = room.first + (size_t)rows * widest;
+    room.hidden = room.second + (size_t)rows * widest;
+    room.gates = room.hidden + (size_t)rows * shape->d_router;
+    room.sorted_gates = room.gates + picks;
+    room.probability = room.sorted_gates + picks;
+    room.experts = numbers;
+    room.sorted_rows = room.experts + picks;
+    room.begins = room.sorted_rows + picks;
     for (int number = 0; number < shape->num_layers; number++) {
         const Layer *layer = layers + number;
-        layer_norm(normed, x, &layer->attention, d, shape->eps);
-        float *keys = layer->keys + own, *values = layer->values + own;
-        append(keys, layer->key_weight, layer->key_bias, normed, shape, position);
-        append(values, layer->value_weight, layer->value_bias, normed, shape, position);
-        choose(experts, gates, normed, &layer->attention, shape, shape->attention_chosen, hidden, probability);
-        for (int k = 0; k < shape->attention_chosen; k++) {
-            const size_t at = (size_t)experts[k] * d * wide;
-            memset(first, 0, sizeof(float) * wide);
-            memset(second, 0, sizeof(float) * wide);
-            add_product(first, normed, layer->attention.enter + at, d, wide, 1);
-            for (int h = 0; h < shape->num_heads; h++) {
-                const size_t head = (size_t)h * shape->capacity * width;
-                attend(second + h * width, first + h * width, keys + head, values + head, position, start, width);
-            }
-            add_product(x, second, layer->attention.leave + at, wide, d, gates[k]);
-        }
-        layer_norm(normed, x, &layer->feedforward, d, shape->eps);
-        choose(experts, gates, normed, &layer->feedforward, shape, shape->feedforward_chosen, hidden, probability);
-        for (int k = 0; k < shape->feedforward_chosen; k++) {
-            const int f = shape->d_feedforward;
-            const size_t at = (size_t)experts[k] * d * f;
-            memset(first, 0, sizeof(float) * f);
-            add_product(first, normed, layer->feedforward.enter + at, d, f, 1);
-            for (int i = 0; i < f; i++) {
-                const float h = first[i];
-                first[i] = h / (1 + expf(-1.5957691216057308f * (h + 0.044715f * h * h * h)));
-            }
-            add_product(x, first, layer->feedforward.leave + at, f, d, gates[k]);
-        }
+        add_site(&room, &layer->attention, shape, layer, rows, attention, starts, position, x);
+        add_site(&room, &layer->feedforward, shape, NULL, rows, feedforward, starts, position, x);
     }
-}
-
-/* x (rows, D) in place; `starts` (rows), or NULL where every row sees the cache from its first key on. */
-void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t rows, int32_t position, const int32_t *starts,
-                       float *x, float *scratch) {
-    for (int row = 0; row < rows; row++)
-        step(layers, shape, row, position, starts ? starts[row] : 0, x + (size_t)row * shape->d_model, scratch);
 }
