@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -62,7 +63,7 @@ def _folder() -> Path:
 
 
 def _identity(source: Path, compiler: str) -> str:
-    """What the machine code depends on: source, compiler, flags, processor."""
+    """What the machine code depends on: source and its headers, compiler, flags, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_WITHIN_S).stdout
     processor = platform.machine() + platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
@@ -70,7 +71,9 @@ def _identity(source: Path, compiler: str) -> str:
         processor += next(
             (line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), ""
         )
-    parts = (source.read_bytes(), version, " ".join(FLAGS).encode(), processor.encode())
+    headers = (source.parent / name for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE))
+    code = b"\0".join(path.read_bytes() for path in (source, *headers))
+    parts = (code, version, " ".join(FLAGS).encode(), processor.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 

@@ -160,6 +160,15 @@ def test_builds_at_the_same_time_leave_one_whole_library(tmp_path: Path, monkeyp
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
 
 
+def test_a_header_changed_is_another_library(tmp_path: Path) -> None:
+    source, header = tmp_path / "op.c", tmp_path / "shared.h"
+    source.write_text('#include "shared.h"\n')
+    header.write_text("int one(void);\n")
+    before = native._identity(source, "cc")
+    header.write_text("int two(void);\n")
+    assert native._identity(source, "cc") != before
+
+
 def test_a_folder_others_can_write_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels").chmod(0o777)

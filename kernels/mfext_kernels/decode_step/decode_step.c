@@ -5,9 +5,15 @@
  * weight comes from memory once however many rows want it; a row's sums have the same order whoever is beside it, so
  * its bits are those of the row alone. The residual stream x (rows, D) is read and written in place; keys and values
  * of the new position are appended to the cache. */
+#include "../exponential.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#define KEYS 16                   /* passed at a time, from the newest on */
+#define GREATEST_LOGIT 60.0f       /* exp(-60) of a stick is none of it */
+#define LEAST_STICK 1.17549435e-38f /* what is left weighs less than the smallest normal number */
 
 typedef struct {
     const float *norm_weight, *norm_bias;                    /* (D) */
@@ -157,16 +163,23 @@ static void route(const Room *room, const Site *site, const Shape *shape, int ro
 /* o (C) of one query over keys start..position, from the newest: o = sum a_j v_j, a_j = s_j * (stick left). */
 static void attend(float *o, const float *q, const float *keys, const float *values, int position, int start, int width) {
     const float scale = 1 / sqrtf((float)width);
-    float stick = 1;
-    for (int j = position; j >= start; j--) {
-        const float l = scale * dot(q, keys + (size_t)j * width, width);
-        const float e = expf(-fabsf(l)), larger = 1 / (1 + e), smaller = e * larger;
-        const float a = stick * (l > 0 ? larger : smaller);
-        const float *v = values + (size_t)j * width;
+    float taken[KEYS], kept[KEYS], stick = 1;
+    for (int end = position + 1; end > start && !(stick < LEAST_STICK); end -= KEYS) {
+        const int first = end - KEYS > start ? end - KEYS : start, count = end - first;
+        linear(taken, q, keys + (size_t)first * width, NULL, 1, width, count);
 #pragma omp simd
-        for (int i = 0; i < width; i++) o[i] += a * v[i];
-        stick *= l > 0 ? smaller : larger;
-        if (stick < 1.17549435e-38f) break; /* what is left weighs less than the smallest normal number */
+        for (int i = 0; i < count; i++) {
+            const float l = scale * taken[i], low = -fabsf(l);
+            const float e = exponential(low < -GREATEST_LOGIT ? -GREATEST_LOGIT : low), larger = 1 / (1 + e), smaller = e * larger;
+            taken[i] = l > 0 ? larger : smaller;
+            kept[i] = l > 0 ? smaller : larger;
+        }
+        for (int i = count - 1; i >= 0; i--) {
+            taken[i] *= stick;
+            stick *= kept[i];
+            stick = stick < LEAST_STICK ? 0 : stick;
+        }
+        add_products((Rows){o, width, NULL}, (Rows){taken, count, NULL}, values + (size_t)first * width, NULL, 1);
     }
 }
 
@@ -208,9 +221,11 @@ static void add_experts(const Room *room, const Site *site, const Shape *shape, 
                            layer->values + head, position, starts ? starts[numbers[n]] : 0, width);
                 }
         } else {
+#pragma omp simd
             for (int i = 0; i < count * wide; i++) {
-                const float h = room->first[i];
-                room->first[i] = h / (1 + expf(-1.5957691216057308f * (h + 0.044715f * h * h * h)));
+                const float h = room->first[i], z = -1.5957691216057308f * (h + 0.044715f * h * h * h);
+                const float low = z < -GREATEST_LOGIT ? -GREATEST_LOGIT : z;
+                room->first[i] = h / (1 + exponential(low > GREATEST_LOGIT ? GREATEST_LOGIT : low));
             }
         }
         add_products((Rows){x, d, numbers}, layer ? second : first, site->leave + at, room->sorted_gates + begin, count);

@@ -3,24 +3,14 @@
  * A block holds (keys, rows): keys from the newest on, and rows side by side, so that a stick is broken for a vector
  * of rows at once. Equations and names as in cpu.py: p = sigmoid(-l), q = sigmoid(l) = 1 - p, c the stick left, and
  * a = c_before q. With e = exp(l) all of them need one exponential and one division, and no difference of near numbers. */
+#include "../exponential.h"
+
 #include <stdint.h>
 #include <string.h>
 
 #define MOST_ROWS 512
 #define GREATEST_LOGIT 60.0f /* |l| beyond changes p or q by 9e-27, and every product with either is a normal number */
 #define LEAST_WEIGHT 1e-30f  /* less would make subnormal numbers of products, many times slower on some processors */
-
-/* exp, to 2 units in the last place where |x| <= 87: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. */
-static inline float exponential(float x) {
-    union { float f; uint32_t bits; } shifted = {x * 1.44269504f + 12582912.0f}, scale; /* 1.5 * 2^23: n in the low bits */
-    const float n = shifted.f - 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    const float tail = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-                        1.6666665459e-1f) * r + 5.0000001201e-1f;
-    const float mantissa = (tail * r * r + r) + 1.0f;
-    scale.bits = (shifted.bits + 127) << 23;
-    return mantissa * scale.f;
-}
 
 /* exp(l) of a score, which is -l. */
 static inline float odds(float score) {
