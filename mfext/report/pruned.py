@@ -167,7 +167,7 @@ def _before_after(data: Json) -> Table:
         columns=("", "before", "after", "of before"),
         rows=tuple(rows),
         text_columns=("",),
-        note="The model that was pruned, and the pruned one; one sequence, if not said. Peak memory over a tiny model's.",
+        note="The model that was pruned, and the pruned one; one sequence, if not said. Peak over a tiny model's.",
     )
 
 
