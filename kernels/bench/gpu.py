@@ -118,6 +118,14 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[Backend], Op],
     yield "gather_linear", lambda b: lambda x, *w: gather_linear(x, w, dispatch, b), [x, *up]
     rows = random(150, 40)
     yield "scatter_linear", lambda b: lambda x, g, *w: scatter_linear(x, w, g, dispatch, b), [rows, gates, *down]
+    one_stack = [random(6, 72, 40, scale=0.2), random(6, 40, 72, scale=0.2)]
+    yield "gather_linear, one stack", lambda b: lambda x, w: gather_linear(x, [w], dispatch, b), [x, one_stack[0]]
+    alone = [x, gates, *one_stack]
+    yield (
+        "expert_feedforward, one stack",
+        lambda b: lambda x, g, u, d: expert_feedforward(x, [u], [d], g, dispatch, b),
+        alone,
+    )
     feed = [x, gates, *up, *down]
     yield "expert_feedforward", lambda b: lambda x, g, *w: expert_feedforward(x, w[:2], w[2:], g, dispatch, b), feed
     targets = torch.randint(0, 333, (75,), device=device)

@@ -80,7 +80,7 @@ def problems() -> Iterator[tuple[Op, int, Make, tuple[Config, ...]]]:
         yield "attention_forward", width, partial(attention, width, False), forward
         yield "attention_backward", width, partial(attention, width, True), backward
     products = tuple(Config(*each) for each in PRODUCTS)
-    ops: tuple[tuple[Op, bool], ...] = (("rows", False), ("grad_rows", True), ("weights", True))
+    ops: tuple[tuple[Op, bool], ...] = (("rows", False), ("weights", True))
     for op, backward in ops:
         yield op, 1024, partial(experts, backward), products
 

@@ -23,7 +23,7 @@ Op = Literal[
     "wide_backward",
     "wide_decode",
     "rows",
-    "grad_rows",
+    "back",
     "weights",
     "cross_entropy",
 ]
@@ -52,23 +52,25 @@ _WIDE_HEADS: Mapping[Op, Sizes] = {
     "wide_backward": (_WIDE, _WIDE, _WIDE),
     "wide_decode": (_WIDE_DECODE, _WIDE_DECODE, _WIDE_DECODE),
 }
+# Bound by memory: as many numbers a thread as two loads of 16 bytes bring.
+_BACK: Sizes = (Config(16, 128, 0, 4, 1), Config(4, 512, 0, 4, 1), Config(4, 256, 0, 4, 1))
 _SMALL: Mapping[Op, Sizes] = {
     **_WIDE_HEADS,
+    "back": _BACK,
     "attention_forward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(64, 32, 0, 8, 1)),
     "attention_backward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(32, 32, 0, 8, 1)),
     "attention_decode": (Config(16, 64, 0, 4, 2), Config(16, 64, 0, 4, 1), Config(16, 32, 0, 4, 1)),
     "rows": (Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 16, 8, 2)),
-    "grad_rows": (Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 16, 8, 2)),
     "weights": (Config(64, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(64, 64, 16, 8, 2)),
     "cross_entropy": (Config(1, 2048, 0, 4, 1), Config(1, 2048, 0, 4, 1), Config(1, 2048, 0, 4, 1)),
 }
 _LARGE: Mapping[Op, Sizes] = {
     **_WIDE_HEADS,
+    "back": _BACK,
     "attention_forward": (Config(128, 64, 0, 8, 3), Config(128, 64, 0, 8, 2), Config(64, 32, 0, 8, 2)),
     "attention_backward": (Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2), Config(32, 32, 0, 8, 1)),
     "attention_decode": (Config(16, 128, 0, 4, 2), Config(16, 64, 0, 4, 2), Config(16, 32, 0, 4, 2)),
     "rows": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 16, 8, 2)),
-    "grad_rows": (Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 16, 8, 2)),
     "weights": (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(64, 64, 16, 8, 2)),
     "cross_entropy": (Config(1, 4096, 0, 8, 1), Config(1, 4096, 0, 8, 1), Config(1, 4096, 0, 8, 1)),
 }
@@ -77,7 +79,6 @@ _SM_90: Mapping[Op, Sizes] = {
     "attention_forward": (Config(64, 32, 0, 4, 3), Config(64, 32, 0, 4, 2), Config(64, 32, 0, 8, 2)),
     "attention_backward": (Config(64, 64, 0, 4, 2), Config(64, 64, 0, 4, 2), Config(32, 32, 0, 8, 1)),
     "rows": (Config(128, 128, 64, 4, 3), Config(128, 256, 64, 8, 3), Config(64, 64, 16, 8, 2)),
-    "grad_rows": (Config(128, 64, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 16, 8, 2)),
     "weights": (Config(128, 128, 32, 8, 4), Config(128, 256, 64, 8, 3), Config(64, 64, 16, 8, 2)),
 }
 # Tiny, so that small tests have several tiles in every direction, the last of them in part.
@@ -92,7 +93,7 @@ _INTERPRETER: Mapping[Op, Sizes] = {
     "wide_backward": (_TINY, _TINY, _TINY),
     "wide_decode": (_TINY_DECODE, _TINY_DECODE, _TINY_DECODE),
     "rows": (_TINY, _TINY, _TINY),
-    "grad_rows": (_TINY, _TINY, _TINY),
+    "back": (_TINY, _TINY, _TINY),
     "weights": (_TINY, _TINY, _TINY),
     "cross_entropy": (_TINY, _TINY, _TINY),
 }
@@ -107,18 +108,19 @@ TABLE: Mapping[str, Mapping[Op, Sizes]] = {
 
 def config_for(op: Op, tensor: Tensor, width: int = NARROW) -> Config:
     """The table's entry for rows of `width` numbers of the tensor's dtype on the tensor's device."""
-    return pick(_kind(tensor.device), op, tensor.element_size(), width)
+    return pick(kind_of(tensor.device), op, tensor.element_size(), width)
 
 
 def pick(kind: str, op: Op, number_bytes: int, width: int = NARROW) -> Config:
     """The entry of one kind of GPU; a kind that is not in the table gets the default's."""
     narrow, wide, exact = TABLE.get(kind, TABLE["default"])[op]
-    most = FEW_COLUMNS if op in ("rows", "grad_rows", "weights") else NARROW
+    most = FEW_COLUMNS if op in ("rows", "weights", "back") else NARROW
     return exact if number_bytes > 2 else narrow if width <= most else wide
 
 
 @cache
-def _kind(device: torch.device) -> str:
+def kind_of(device: torch.device) -> str:
+    """The table's name of a device."""
     if device.type != "cuda":
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)

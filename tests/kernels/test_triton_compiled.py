@@ -34,7 +34,7 @@ CONFIG_OF: dict[str, Op] = {
     "wide_backward_kernel": "wide_backward",
     "tiles_kernel": "rows",
     "rows_kernel": "rows",
-    "grad_rows_kernel": "grad_rows",
+    "back_kernel": "back",
     "weights_kernel": "weights",
     "cross_entropy_kernel": "cross_entropy",
     "loss_kernel": "cross_entropy",
@@ -61,7 +61,7 @@ MULTIPLES = {"k_batch", "k_key", "k_head", "v_batch", "v_key", "v_head", "x_stri
 MULTIPLES |= {"depth_stride", "column_stride", "left_stride", "right_stride", "row_stride"}
 MULTIPLES |= {"depth", "num_columns", "num_rows"}
 MULTIPLES |= {"weights_stride"}
-INPUTS |= {"grad_rows", "left", "right", "logits", "weights", "grad_logits"}
+INPUTS |= {"product", "left", "right", "logits", "weights", "grad_logits"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,7 +93,7 @@ def type_of(name: str, dtype: str) -> str:
 def constants(config: Config, width: int, bare: bool) -> dict[str, object]:
     values = {"CHOSEN": 2, "WIDTH": width, "PADDED": width, "ROWS": config.rows, "COLUMNS": config.columns}
     values |= {"KEYS": config.columns, "DEPTH": config.depth, "PRECISION": "ieee", "TILES": 4, "EXPERTS": 32}
-    values |= {"ADD": not bare, "ACTIVATE": not bare, "GRADIENT": not bare}
+    values |= {"ADD": not bare, "ACTIVATE": not bare, "GRADIENT": not bare, "KEEP": not bare}
     if bare:  # every tensor that may be absent is
         values |= dict.fromkeys(("starts", "ends", "tokens", "hidden", "gated", "left_tokens", "right_tokens", "gates"))
     return values
@@ -110,12 +110,12 @@ def compiled(
     kernel = kernel_of(name)
     config = pick(f"sm_{capability}", op or CONFIG_OF[name], 4 if dtype == "fp32" else 2, width)
     known = constants(config, width, bare)
-    if name == "grad_rows_kernel" and bare:
-        del known["tokens"], known["gates"]
+    if name == "back_kernel" and bare:
+        del known["gates"]
     if op == "wide_decode":
         known |= dict.fromkeys(("CHOSEN", "heads", "length", "num_rows"), 1)
     if not bare:  # what a launch finds out by itself: side by side, and lengths and strides in multiples of 16
-        known |= {"depth_stride" if name == "grad_rows_kernel" else "column_stride": 1}
+        known |= {"column_stride": 1}
     signature = {each: "constexpr" if each in known else type_of(each, dtype) for each in kernel.arg_names}
     given = {each: known[each] for each in kernel.arg_names if each in known}
     aligned = [

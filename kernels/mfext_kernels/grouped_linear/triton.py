@@ -10,18 +10,19 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from mfext_kernels.autograd import applied
 from mfext_kernels.backends import on_device_of
 from mfext_kernels.grouped_linear.cpu import order_rows, sort_rows
 from mfext_kernels.grouped_linear.triton_kernels import (
-    grad_rows_kernel,
+    back_kernel,
     rows_kernel,
     tiles_kernel,
     weights_kernel,
 )
 from mfext_kernels.routing import Dispatch
-from mfext_kernels.tuning import Config, config_for
+from mfext_kernels.tuning import Config, config_for, kind_of
 
 __all__ = ["expert_feedforward", "gather_linear", "order_rows", "scatter_linear", "sort_rows"]
 
@@ -84,17 +85,13 @@ class _ScatterLinear(torch.autograd.Function):
         need_rows, need_gates, _, *needed = ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
         with on_device_of(rows_RF):
-            through = need_rows or need_gates
-            grad_rows, gated_RF = (torch.empty_like(rows_RF) if need else None for need in (need_rows, any(needed)))
-            back = _Back(grad_rows, gated_RF, through)
-            grad_gates = _grad_rows(grad_ND, rows_RF, back, weights, gates_NK, ctx.dispatch)
+            wanted = _Wanted(rows=need_rows, gated=any(needed), gates=need_gates)
+            back = _back(grad_ND, rows_RF, wanted, weights, gates_NK, ctx.dispatch)
             grads: Sequence[Tensor | None] = [None] * len(weights)
-            if gated_RF is not None:
-                if not through:
-                    torch.mul(rows_RF, gates_NK.view(-1, 1).index_select(0, ctx.dispatch.order_R), out=gated_RF)
-                left, right = _Side(gated_RF), _Side(grad_ND, gathered=True)
+            if back.gated_RF is not None:
+                left, right = _Side(back.gated_RF), _Side(grad_ND, gathered=True)
                 grads = _grad_weights(left, right, needed, weights, ctx.dispatch)
-        return back.grad_rows, grad_gates if need_gates else None, None, *grads
+        return back.rows_RF, back.gates_NK, None, *grads
 
 
 class _ExpertFeedforward(torch.autograd.Function):
@@ -121,20 +118,18 @@ class _ExpertFeedforward(torch.autograd.Function):
         need_up, need_down = needed[: len(up)], needed[len(up) :]
         grad_ND = grad_ND.contiguous()
         with on_device_of(x_ND):
-            through, active = need_x or any(need_up), any(need_down)
-            grad_hidden, gated_RF = (torch.empty_like(hidden_RF) if need else None for need in (through, active))
-            back = _Back(grad_hidden, gated_RF, through or active or need_gates, activate=True)
-            grad_gates = _grad_rows(grad_ND, hidden_RF, back, down, gates_NK, dispatch)
+            wanted = _Wanted(rows=need_x or any(need_up), gated=any(need_down), gates=need_gates, activate=True)
+            back = _back(grad_ND, hidden_RF, wanted, down, gates_NK, dispatch)
             grads_up: Sequence[Tensor | None] = [None] * len(up)
             grads_down: Sequence[Tensor | None] = [None] * len(down)
-            if gated_RF is not None:
-                left, right = _Side(gated_RF), _Side(grad_ND, gathered=True)
+            if back.gated_RF is not None:
+                left, right = _Side(back.gated_RF), _Side(grad_ND, gathered=True)
                 grads_down = _grad_weights(left, right, need_down, down, dispatch)
-            if grad_hidden is not None:
-                left, right = _Side(x_ND, gathered=True), _Side(grad_hidden)
+            if back.rows_RF is not None:
+                left, right = _Side(x_ND, gathered=True), _Side(back.rows_RF)
                 grads_up = _grad_weights(left, right, need_up, up, dispatch)
-            grad_x = _back_to_tokens(grad_hidden, up, dispatch) if need_x and grad_hidden is not None else None
-        return grad_x, grad_gates if need_gates else None, None, None, *grads_up, *grads_down
+            grad_x = _back_to_tokens(back.rows_RF, up, dispatch) if need_x and back.rows_RF is not None else None
+        return grad_x, back.gates_NK, None, None, *grads_up, *grads_down
 
 
 @dataclass(frozen=True)
@@ -159,17 +154,25 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class _Back:
-    """What grad_rows_kernel writes beside the gates' gradients, and whether it is needed at all.
+class _Wanted:
+    """What `_back` is asked for, and whether the rows that met the weights were still to pass a gelu."""
 
-    `gated`: the rows that met the weights, times their gates, as the weights' gradients read them: a factor that is
-    computed while the product runs cannot be fetched ahead.
+    rows: bool
+    gated: bool
+    gates: bool
+    activate: bool = False
+
+
+@dataclass(frozen=True)
+class _Back:
+    """Gradients of the rows that met the weights and of the gates, and those rows (past their gelu) times their gates.
+
+    The last is what the weights' gradients read: a factor computed while a product runs cannot be fetched ahead.
     """
 
-    grad_rows: Tensor | None
-    gated: Tensor | None
-    needed: bool
-    activate: bool = False
+    rows_RF: Tensor | None = None
+    gated_RF: Tensor | None = None
+    gates_NK: Tensor | None = None
 
 
 def _rows(given: _Rows, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
@@ -206,23 +209,29 @@ def _sum_chosen(rows_RD: Tensor, dispatch: Dispatch) -> Tensor:
     return rows_NKD[:, 0] + rows_NKD[:, 1] if dispatch.num_chosen == 2 else rows_NKD.sum(1)
 
 
-def _grad_rows(
-    grad_ND: Tensor, rows_RF: Tensor, back: _Back, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
-) -> Tensor | None:
-    """Fill what `back` asks for -> the gates' gradients (N, K)."""
-    if not back.needed:
-        return None
-    depth, num_columns = _shape(weights[0], True)
-    config = config_for("grad_rows", grad_ND, num_columns)
-    num_column_tiles = triton.cdiv(num_columns, config.columns)
-    parts = torch.empty(rows_RF.shape[0], num_column_tiles, device=grad_ND.device)
-    for weight, tiles in _launches(weights, dispatch, config):
-        grad_rows_kernel[(tiles.shape[1] * num_column_tiles,)](
-            grad_ND, weight, dispatch.tokens_R, dispatch.order_R, gates_NK, tiles, rows_RF, back.gated, back.grad_rows,
-            parts, grad_ND.stride(0), *_strides(weight, True), depth, num_columns, tiles.shape[1], num_column_tiles,
-            ACTIVATE=back.activate, **_constants(config),
+def _back(
+    grad_ND: Tensor, rows_RF: Tensor, wanted: _Wanted, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
+) -> _Back:
+    """The output's gradient through the weights, then one pass over it: a product with that in it has no room left for
+    tiles as large as the product alone (its own 520 TFLOP/s on an H200 in place of 210)."""
+    if not (wanted.rows or wanted.gated or wanted.gates):
+        return _Back()
+    through = wanted.rows or wanted.gates
+    product_RF = _rows(_Rows(grad_ND, gathered=True, transposed=True), weights, dispatch) if through else None
+    num_rows, num_columns = rows_RF.shape
+    config = config_for("back", rows_RF, num_columns)
+    back = _Back(
+        product_RF if wanted.rows else None,
+        torch.empty_like(rows_RF) if wanted.gated else None,
+        torch.empty_like(gates_NK) if wanted.gates else None,
+    )
+    if num_rows:
+        back_kernel[(triton.cdiv(num_rows, config.rows),)](
+            product_RF, rows_RF, dispatch.order_R, gates_NK, back.gated_RF, back.gates_NK, num_rows, num_columns,
+            KEEP=wanted.rows, ACTIVATE=wanted.activate, ROWS=config.rows, COLUMNS=config.columns,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return parts.sum(1).index_select(0, dispatch.inverse_R).view_as(gates_NK).to(gates_NK.dtype)
+    return back
 
 
 def _grad_weights(
@@ -233,6 +242,11 @@ def _grad_weights(
     dispatch: Dispatch,
 ) -> list[Tensor | None]:
     """dW of every stack that needs it: the sum over an expert's rows of left^T right."""
+    if list(needed) == [True] and _library_sums(weights[0]):
+        left_RX, right_RY = (
+            side.rows.index_select(0, dispatch.tokens_R) if side.gathered else side.rows for side in (left, right)
+        )
+        return [F.grouped_mm(left_RX.t(), right_RY, offs=dispatch.bounds_E1[1:])]
     config = config_for("weights", left.rows, weights[0].shape[2])
     first = 0
     grads: list[Tensor | None] = []
@@ -249,6 +263,18 @@ def _grad_weights(
         grads.append(grad)
         first += weight.shape[0]
     return grads
+
+
+def _library_sums(weight: Tensor) -> bool:
+    """Whether torch sums weights' gradients by CUTLASS: bf16, rows in multiples of 16 bytes, on Hopper; it takes rows
+    in order, of all experts, so a stack beside others has them from `weights_kernel`."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.shape[1] % 8 == 0
+        and weight.shape[2] % 8 == 0
+        and hasattr(F, "grouped_mm")
+        and kind_of(weight.device) == "sm_90"
+    )
 
 
 def _launches(weights: Sequence[Tensor], dispatch: Dispatch, config: Config) -> Iterator[tuple[Tensor, Tensor]]:

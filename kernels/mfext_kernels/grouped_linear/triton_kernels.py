@@ -7,11 +7,12 @@ alone: nothing waits for the host to know how many rows an expert has. Programs 
 
     tiles_kernel      the list, one program an expert
     rows_kernel       act(x[row] W_e), times its gate, written in sorted or in token order
-    grad_rows_kernel  of P = dy[token] W_e^T: the gate's gradient <active, P>, the rows' gate * P * gelu'; gate * active
+    back_kernel       gate * active; and of P = dy[token] W_e^T, where given, the gate's gradient <active, P> and,
+                      where KEEP, over P itself the rows' gradient gate * P * gelu'
     weights_kernel    sum over an expert's rows of left^T right, all of them in one program per tile of dW_e
 
 Sums are fp32; what is written has the inputs' dtype. Rows that a token's K experts wrote lie side by side and are
-summed by torch, and so are the parts of a gate's gradient, one per tile of columns: the order of every sum is fixed.
+summed by torch: the order of every sum is fixed.
 tanh-gelu is x * sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3).
 """
 
@@ -123,32 +124,33 @@ def rows_kernel(
 
 
 @triton.jit
-def grad_rows_kernel(
-    grad, weight, tokens, order, gates, tiles, own_rows, gated, grad_rows, grad_gates,
-    grad_stride, expert_stride, depth_stride, column_stride, depth, num_columns, num_tiles, num_column_tiles,
-    ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+def back_kernel(
+    product, own_rows, order, gates, gated, grad_gates, num_rows, num_columns,
+    KEEP: tl.constexpr, ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    if _beyond(tiles, num_tiles, num_column_tiles):
-        return
-    expert, rows, valid, columns = _tile(tiles, num_tiles, num_column_tiles, COLUMNS, ROWS)
-    columns_in = columns < num_columns
-    sources = tl.load(tokens + rows, mask=valid, other=0)
-    summed = _product(
-        grad, sources, grad_stride, valid, weight + expert * expert_stride, columns, depth_stride, column_stride,
-        columns_in, depth, ROWS, COLUMNS, DEPTH, PRECISION,
-    )  # fmt: skip
-    own = _load(own_rows, rows, columns, num_columns, 1, valid, columns_in).to(tl.float32)
-    gate = tl.load(gates + tl.load(order + rows, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)[:, None]
-    change = summed * gate
-    if ACTIVATE:
-        own, slope = _gelu(own)
-        change *= slope
-    part = rows * num_column_tiles + tl.program_id(0) % num_column_tiles
-    tl.store(grad_gates + part, tl.sum(own * summed, 1), mask=valid)
-    if gated is not None:
-        _store(gated, rows, columns, num_columns, valid, columns_in, own * gate)
-    if grad_rows is not None:
-        _store(grad_rows, rows, columns, num_columns, valid, columns_in, change)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    valid = rows < num_rows
+    choices = tl.load(order + rows, mask=valid, other=0)
+    gate = tl.load(gates + choices, mask=valid, other=0.0).to(tl.float32)[:, None]
+    grad_gate = tl.zeros([ROWS], tl.float32)
+    for first in range(0, num_columns, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        columns_in = columns < num_columns
+        own = _load(own_rows, rows, columns, num_columns, 1, valid, columns_in).to(tl.float32)
+        slope = gate
+        if ACTIVATE:
+            own, derivative = _gelu(own)
+            slope = gate * derivative
+        if gated is not None:
+            _store(gated, rows, columns, num_columns, valid, columns_in, own * gate)
+        if product is not None:
+            summed = _load(product, rows, columns, num_columns, 1, valid, columns_in).to(tl.float32)
+            if grad_gates is not None:
+                grad_gate += tl.sum(own * summed, 1)
+            if KEEP:
+                _store(product, rows, columns, num_columns, valid, columns_in, summed * slope)
+    if grad_gates is not None:
+        tl.store(grad_gates + choices, grad_gate.to(grad_gates.dtype.element_ty), mask=valid)
 
 
 @triton.jit
