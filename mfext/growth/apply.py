@@ -106,9 +106,7 @@ def hold_gate_open(model: ModuleFormer) -> None:
     """Open the newest generation's gate on every token: its changes then reach all text."""
     gate = model.generation(len(model.generations)).gate
     assert gate is not None, "only generations of mode gated have one"
-    with torch.no_grad():
-        gate.output.weight.zero_()
-        gate.output.bias.fill_(1e9)
+    gate.hold_open()
 
 
 def _add(model: ModuleFormer, plan: Plan, operation: AddExperts, usage: Usage | None) -> None:

@@ -8,6 +8,7 @@ to one logit per position. State never crosses a document boundary and ignores p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from torch.nn import functional as F
 from mfext.config_gate import DomainGateConfig
 
 CHUNK = 32
+
+
+@cache
+def _decays(decays: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1, for the plain mean, and the decays: kept, since a copy to a GPU waits for all that it was told before."""
+    with torch.inference_mode(False):
+        return torch.tensor([1.0, *decays], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,6 @@ class GateState:
 class DomainGate(nn.Module):
     """Probability, per position, that the document read so far belongs to one domain."""
 
-    opens_at: Tensor
-    full_at: Tensor
-    decays: Tensor
-
     def __init__(self, config: DomainGateConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
@@ -42,12 +46,33 @@ class DomainGate(nn.Module):
         self.convolution = nn.Linear(config.convolution_width * config.d_embedding, config.d_convolution)
         self.hidden = nn.Linear(means * config.d_convolution, config.d_hidden)
         self.output = nn.Linear(config.d_hidden, 1)
+        self._held: tuple[tuple[Tensor, int], ...] = ()
 
     def reset_parameters(self) -> None:
         """Draw fresh weights: embedding N(0, 1), linear layers at torch's default scale."""
         nn.init.normal_(self.embedding.weight)
         for linear in (self.convolution, self.hidden, self.output):
             linear.reset_parameters()
+
+    def hold_open(self) -> None:
+        """Open on every token, until its output layer is loaded, drawn anew or trains (which a fused optimizer does
+        without a trace on the tensor)."""
+        with torch.no_grad():
+            self.output.weight.zero_()
+            self.output.bias.fill_(1e9)
+        self._held = tuple((each, each._version) for each in self.output.parameters() if not each.is_inference())
+
+    @property
+    def is_held_open(self) -> bool:
+        """Whether g is known to be 1 everywhere without a look at any text (which, on a GPU, would wait for the card).
+
+        False where that is not known: the gate then says so token by token.
+        """
+        now = tuple(self.output.parameters())
+        return len(self._held) == len(now) and all(
+            each is held and each._version == version and not each.requires_grad
+            for each, (held, version) in zip(now, self._held, strict=True)
+        )
 
     def new_state(self, batch_size: int) -> GateState:
         """The state before the first token."""
@@ -64,6 +89,8 @@ class DomainGate(nn.Module):
         given stand at `offset`, `offset` + 1, ...
         """
         batch, length = input_ids_BT.shape
+        if self.output.weight.requires_grad:
+            self._held = ()
         state = self.new_state(batch) if state is None else state
         width = self.config.convolution_width
         positions_T = torch.arange(offset, offset + length, device=input_ids_BT.device)
@@ -88,7 +115,7 @@ class DomainGate(nn.Module):
         batch, length, width = features_BTC.shape
         num_inside = min(CHUNK, length)
         padding = -length % num_inside
-        decays_M = features_BTC.new_tensor([1.0, *self.config.decays])
+        decays_M = _decays(self.config.decays, features_BTC.dtype, features_BTC.device)
         features_BntC = F.pad(features_BTC, (0, 0, 0, padding)).view(batch, -1, num_inside, width)
         reach_Bnt = F.pad(reach_BT, (0, padding)).view(batch, -1, num_inside)
         here_t = torch.arange(num_inside, device=features_BTC.device)
@@ -119,7 +146,7 @@ class DomainGate(nn.Module):
 
     def _next_hidden(self, features_B1C: Tensor, reach_B1: Tensor, sums_MBC: Tensor) -> tuple[Tensor, Tensor]:
         """What `_hidden` gives for one position, in few calls: a decoding step is bound by them."""
-        decays_M = features_B1C.new_tensor([1.0, *self.config.decays])
+        decays_M = _decays(self.config.decays, features_B1C.dtype, features_B1C.device)
         sums_MBC = features_B1C.transpose(0, 1) + decays_M[:, None, None] * (reach_B1 > 0) * sums_MBC
         means_MBC = sums_MBC / self._totals(reach_B1, decays_M).permute(2, 0, 1)
         return self.hidden(means_MBC.transpose(0, 1).flatten(1)).unsqueeze(1), sums_MBC

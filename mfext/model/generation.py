@@ -108,24 +108,24 @@ def gate_names(names: Iterable[str]) -> set[str]:
 class OpenTokens:
     """Which tokens of a forward a generation with a router of its own is open on: all, in mode side.
 
-    `gate_BT` is g in [0, 1]; `tokens_M` flat indices with g > 0, or None where every token is
-    open; `rows_b` the batch rows holding any, or None for all; `tokens_in_rows_M` the flat
-    indices inside those rows.
+    `gate_BT` is g in [0, 1], or None where it is known to be 1 everywhere; `tokens_M` flat indices with g > 0, or None
+    where every token is open; `rows_b` the batch rows holding any, or None for all; `tokens_in_rows_M` the flat indices
+    inside those rows.
     """
 
     number: int
     generation: Generation
-    gate_BT: Tensor
-    tokens_M: Tensor | None
-    rows_b: Tensor | None
-    tokens_in_rows_M: Tensor | None
+    gate_BT: Tensor | None = None
+    tokens_M: Tensor | None = None
+    rows_b: Tensor | None = None
+    tokens_in_rows_M: Tensor | None = None
 
     @classmethod
     def of(cls, number: int, generation: Generation, gate_BT: Tensor) -> OpenTokens | None:
         """None where the generation is closed on every token: it then costs nothing."""
         open_BT = gate_BT > 0
         if bool(open_BT.all()):
-            return cls(number, generation, gate_BT, None, None, None)
+            return cls(number, generation, gate_BT)
         row_open_B = open_BT.any(1)
         if not bool(row_open_B.any()):
             return None
@@ -134,11 +134,6 @@ class OpenTokens:
         tokens_in_rows_M = open_BT[rows_b].flatten().nonzero().squeeze(1)
         return cls(number, generation, gate_BT, tokens_M, rows_b, tokens_in_rows_M)
 
-    @classmethod
-    def everywhere(cls, number: int, generation: Generation, input_ids_BT: Tensor) -> OpenTokens:
-        """A side generation: no gate, no token closed; its routers' null choices decide."""
-        return cls(number, generation, torch.ones_like(input_ids_BT, dtype=torch.float32), None, None, None)
-
     def layer(self, index: int) -> GenerationLayer:
         layer = self.generation.layers[index]
         assert isinstance(layer, GenerationLayer)
@@ -146,6 +141,8 @@ class OpenTokens:
 
     def add(self, y_ND: Tensor, change_MD: Tensor) -> Tensor:
         """y plus g times the change on the open tokens; every other token keeps its bits."""
+        if self.gate_BT is None:
+            return y_ND + change_MD
         gate_N1 = self.gate_BT.reshape(-1, 1).to(change_MD.dtype)
         if self.tokens_M is None:
             return y_ND + gate_N1 * change_MD

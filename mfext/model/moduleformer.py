@@ -119,7 +119,7 @@ class ModuleFormer(LanguageModel):
         cached_starts_B = None if cache is None else cache.starts_B
         positions = Positions.of(input_ids, offset, attention_mask, document_starts, cached_starts_B)
         gates = self._open_gates(input_ids, positions, cache)
-        opened = self._open_generations(input_ids, gates)
+        opened = self._open_generations(gates)
         competing = tuple(
             self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.joins_softmax
         )
@@ -219,7 +219,9 @@ class ModuleFormer(LanguageModel):
         gates = {}
         for number in range(1, len(self.generations) + 1):
             gate = self.generation(number).gate
-            if gate is not None:
+            if gate is not None and cache is None and gate.is_held_open:
+                gates[number] = gate.output.weight.new_ones(input_ids.shape)
+            elif gate is not None:
                 state = None if cache is None else cache.gates.get(number)
                 logits_BT, state = gate(input_ids, positions.dense_starts(input_ids), positions.offset, state)
                 gates[number] = gate.openness(logits_BT)
@@ -227,14 +229,15 @@ class ModuleFormer(LanguageModel):
                     cache.gates[number] = state
         return gates
 
-    def _open_generations(self, input_ids: Tensor, gates: dict[int, Tensor]) -> tuple[OpenTokens, ...]:
+    def _open_generations(self, gates: dict[int, Tensor]) -> tuple[OpenTokens, ...]:
         """The gated generations open on any token, and every side generation, in order of number."""
-        opened = []
+        opened: list[OpenTokens | None] = []
         for number, config in enumerate(self.config.generations, 1):
-            if number in gates:
-                opened.append(OpenTokens.of(number, self.generation(number), gates[number]))
-            elif config.mode == "side":
-                opened.append(OpenTokens.everywhere(number, self.generation(number), input_ids))
+            generation = self.generation(number)
+            if config.mode == "side" or (generation.gate is not None and generation.gate.is_held_open):
+                opened.append(OpenTokens(number, generation))
+            elif number in gates:
+                opened.append(OpenTokens.of(number, generation, gates[number]))
         return tuple(each for each in opened if each is not None)
 
     def _embed(self, input_ids: Tensor, opened: tuple[OpenTokens, ...]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from mfext.config import GateTraining, GrowthConfig
 from mfext.errors import InputError
-from mfext.growth.apply import apply_plan, freeze, measure_usage, set_gate_thresholds, set_trainable
+from mfext.growth.apply import apply_plan, freeze, hold_gate_open, measure_usage, set_gate_thresholds, set_trainable
 from mfext.growth.gate_training import train_gate
 from mfext.growth.plan import AddExperts, FreezeExperts, RemoveExperts, count_parameters, plan_detach, plan_growth
 from mfext.growth.probes import document_starts, open_set_negatives, self_probes
@@ -37,6 +37,20 @@ def test_a_gated_growth_starts_as_the_identity_even_with_its_gate_open(openness:
     grow(model, "code")
     force_gate(model, 1, openness)
     assert torch.equal(model(tokens()).logits, before)
+
+
+def test_a_gate_held_open_gives_the_bits_of_one_that_is_asked_about_every_token() -> None:
+    model = tiny_model()
+    grow(model, "code")
+    wake(model, 1)
+    force_gate(model, 1, 1e9)
+    asked = model(tokens())
+    hold_gate_open(model.requires_grad_(False))
+    held = model(tokens())
+    (generation,) = model.generations
+    assert generation.gate.is_held_open
+    assert torch.equal(held.logits, asked.logits)
+    assert held.gates is not None and asked.gates is not None and torch.equal(held.gates, asked.gates)
 
 
 def test_a_competing_growth_changes_old_logits_and_says_how_much() -> None:

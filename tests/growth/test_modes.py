@@ -199,7 +199,7 @@ def test_rows_that_chose_no_expert_keep_their_bits_beside_rows_that_did(kind: st
     router.hidden.weight[0, 0] = 1.0  # feature 0 is 10 in rows 0 and 2, and 0 in row 1
     router.hidden.bias[1] = 1.0
     router.output.weight[-1, 0], router.output.weight[0, 1] = 100.0, 5.0
-    side = OpenTokens.everywhere(1, model.generation(1), torch.zeros(3, 12))
+    side = OpenTokens(1, model.generation(1))
     output = getattr(model.blocks[0], kind)(x_BTD, Pass(positions, (side,), (), None, False))
     null_BT = (output.routings[1].experts_MK[:, 0] == output.routings[1].num_experts).view(3, 12)
     assert null_BT.all(1).tolist() == [True, False, True]
@@ -207,7 +207,7 @@ def test_rows_that_chose_no_expert_keep_their_bits_beside_rows_that_did(kind: st
     assert not torch.equal(output.update_BTD[1], before[1])
     alone = getattr(model.blocks[0], kind)(
         x_BTD[1:2],
-        Pass(positions, (OpenTokens.everywhere(1, model.generation(1), torch.zeros(1, 12)),), (), None, False),
+        Pass(positions, (OpenTokens(1, model.generation(1)),), (), None, False),
     )
     torch.testing.assert_close(output.update_BTD[1:2], alone.update_BTD)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -74,3 +77,47 @@ def test_openness_is_exactly_zero_and_one_outside_its_thresholds() -> None:
     openness = gate.openness(torch.logit(probabilities))
     assert openness[:3].tolist() == [0.0, 0.0, 0.0] and openness[-2:].tolist() == [1.0, 1.0]
     assert 0 < openness[3] < 1
+
+
+def test_a_gate_held_open_opens_on_every_token() -> None:
+    gate, ids = gate_and_tokens()
+    gate.requires_grad_(False)
+    assert not gate.is_held_open
+    gate.hold_open()
+    assert gate.is_held_open
+    assert bool((gate.openness(gate(ids, torch.zeros_like(ids))[0]) == 1).all())
+
+
+def trained_a_step(gate: DomainGate) -> None:
+    gate.requires_grad_()
+    optimizer = torch.optim.AdamW(gate.output.parameters(), fused=True)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    gate(ids, ids)[0].sum().backward()
+    optimizer.step()
+    gate.requires_grad_(False)
+
+
+def loaded(gate: DomainGate) -> None:
+    gate.load_state_dict(DomainGate(gate.config, VOCABULARY).state_dict())
+
+
+def replaced(gate: DomainGate) -> None:
+    gate.load_state_dict(DomainGate(gate.config, VOCABULARY).state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("write", [trained_a_step, loaded, replaced, DomainGate.reset_parameters])
+def test_whatever_writes_to_its_output_layer_ends_that(write: Callable[[DomainGate], None]) -> None:
+    gate, _ = gate_and_tokens()
+    gate.requires_grad_(False).hold_open()
+    assert gate.is_held_open
+    write(gate)
+    assert not gate.is_held_open
+
+
+def test_a_copy_of_a_gate_held_open_looks_for_itself() -> None:
+    gate, ids = gate_and_tokens()
+    gate.requires_grad_(False).hold_open()
+    copied = copy.deepcopy(gate)
+    assert bool((copied.openness(copied(ids, torch.zeros_like(ids))[0]) == 1).all())
+    copied.reset_parameters()
+    assert gate.is_held_open and not copied.is_held_open
