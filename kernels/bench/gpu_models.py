@@ -2,10 +2,11 @@
 
 Two layouts, the published MoLM of 350 M active and 4 B parameters in all and one of 100 M active, each beside a dense
 softmax transformer of equal active and one of equal total parameters: training tokens/s (forward, balance loss,
-backward, fused AdamW with bf16 moments), peak memory, the share of the card's own measured matmul ceiling, evaluation,
-and greedy decoding after a prompt (ModuleFormer's step is replayed as a CUDA graph; the dense rivals' is not, so it
-stands beside ModuleFormer's launch by launch); and a growth step of the smaller layout against a full one. Run gpu.py
-first: it checks the kernels.
+backward, fused AdamW with bf16 moments), peak memory, the share of the card's own measured matmul ceiling, evaluation;
+both once launched kernel by kernel and once recorded as a CUDA graph, where launching costs nothing; and greedy
+decoding after a prompt (ModuleFormer's step is replayed as a CUDA graph; the dense rivals' is not, so it stands beside
+ModuleFormer's launch by launch); and a growth step of the smaller layout against a full one. Run gpu.py first: it
+checks the kernels.
 """
 
 from __future__ import annotations
@@ -121,11 +122,18 @@ def measure(config: ModelConfig, batch: int, micro_batches: int, ceiling: float)
                 gpu.median_ms(rivals.decode(model, ids[:1, :PROMPT], NEW), 3) / NEW
             )
     torch.cuda.reset_peak_memory_stats()
-    ms = gpu.median_ms(rivals.train_step(model, ids, ids.roll(-1, 1), micro_batches), 7)
+    step = rivals.train_step(model, ids, ids.roll(-1, 1), micro_batches)
+    ms = gpu.median_ms(step, 7)
     row["train_ms"], row["train_tokens_per_s"] = ms, batch * LENGTH / ms * 1e3
     row["train_peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
     row["train_TFLOP_per_s"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9
     row["share_of_matmul_ceiling"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9 / ceiling
+    ms = gpu.recorded_ms(step, 7)
+    row["train_recorded_ms"], row["train_recorded_tokens_per_s"] = ms, batch * LENGTH / ms * 1e3
+    row["recorded_share_of_matmul_ceiling"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9 / ceiling
+    with torch.no_grad():
+        ms = gpu.recorded_ms(lambda: model(ids[: batch // micro_batches]), 5)
+    row["evaluate_recorded_tokens_per_s"] = batch // micro_batches * LENGTH / ms * 1e3
     return row
 
 
@@ -149,8 +157,11 @@ def growth(layout: Layout) -> dict[str, object]:
             steps = rivals.growth_steps(layout.config, rivals.NEW_EXPERTS, ids, ids.roll(-1, 1))
     finally:
         torch.set_default_dtype(torch.float32)
-    new_ms, full_ms = (gpu.median_ms(step, 7) for step in steps)
-    return {"new_experts_ms": new_ms, "full_ms": full_ms, "ratio": new_ms / full_ms}
+    row: dict[str, object] = {}
+    for suffix, timed in (("", gpu.median_ms), ("recorded_", gpu.recorded_ms)):
+        new_ms, full_ms = (timed(step, 7) for step in steps)
+        row |= {f"new_experts_{suffix}ms": new_ms, f"full_{suffix}ms": full_ms, f"{suffix}ratio": new_ms / full_ms}
+    return row
 
 
 def attempted(measured: Callable[[], dict[str, object]]) -> dict[str, object]:

@@ -17,6 +17,7 @@ from mfext.growth.apply import apply_plan, hold_gate_open, set_gate_thresholds, 
 from mfext.growth.plan import count_parameters, plan_growth
 from mfext.metrics.speed import Run, peak_kb
 from mfext.model.build import new_model
+from mfext.model.generation import gate_names
 from mfext.model.language_model import LanguageModel
 from mfext.model.losses import language_loss, routing_loss
 from mfext.model.moduleformer import ModuleFormer
@@ -84,10 +85,13 @@ def _count(config: ModelConfig, size: Size) -> int:
 
 
 def train_step(model: LanguageModel, ids_BT: Tensor, targets_BT: Tensor, micro_batches: int = 1) -> Run:
-    """Forward and backward, a micro-batch at a time, and fused AdamW of what requires a gradient."""
+    """Forward and backward, a micro-batch at a time, and fused AdamW of what requires a gradient.
+
+    On a GPU the step can be recorded as a CUDA graph: its optimizer's count of steps lies on the card.
+    """
     weight, kind = model.config.routing_loss_weight, model.config.routing_loss
     trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, capturable=ids_BT.is_cuda)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -120,14 +124,16 @@ def decode(model: LanguageModel, prompt_BT: Tensor, count: int) -> Run:
 
 
 def growth_steps(config: ModelConfig, growth: GrowthConfig, ids_BT: Tensor, targets_BT: Tensor) -> tuple[Run, Run]:
-    """Train steps of one grown model whose gate is open on every token: of the new experts and routers alone, and of
-    every parameter. The text of the new domain costs most; where the gate is closed new experts cost nothing."""
+    """Train steps of one grown model whose gate is held open on every token: of the new experts and routers alone, and
+    of every parameter but the gate's. The text of the new domain costs most; where the gate is closed new experts cost
+    nothing."""
     steps = []
     for method in (Grow(), Full()):
         model = ModuleFormer(config)
         apply_plan(model, plan_growth(config, growth, "new"))
         hold_gate_open(model)
-        set_trainable(model, method.trainable(model))
+        names = method.trainable(model)
+        set_trainable(model, names - gate_names(names))
         steps.append(train_step(model, ids_BT, targets_BT))
     return steps[0], steps[1]
 
