@@ -40,6 +40,7 @@ DENSE_LENGTHS = (256, 512)
 ACTIVE_AT_MOST, TOTAL_AT_LEAST = 1.3, 2.5
 GROWTH_AT_MOST = 0.75
 EXPERTS_16_FOLD_AT_MOST = 1.15
+SIDE_BY_SIDE = 16
 CLOSED_GENERATIONS, EACH_AT_MOST = 4, 0.05
 
 
@@ -109,13 +110,18 @@ def dense_models() -> Iterator[Figure]:
 
 
 def growth() -> Iterator[Figure]:
-    """Target 8: a growth step in which only new experts and routers train against a full step of the same model."""
+    """Target 8: a growth step in which only new experts and routers train against a full step of the same model.
+
+    Gated, new experts come on top of those a token chose before; in the published form (compete) it chooses as many
+    among old and new ones.
+    """
     ids, targets = (torch.randint(0, 512, (SHAPES[256], 256)) for _ in range(2))
-    for layers in ("all", "top_half"):
-        steps = rivals.growth_steps(rivals.CONFIG_S, replace(rivals.NEW_EXPERTS, layers=layers), ids, targets)
-        fast, full = interleaved_ms(*steps, 3, 3)
-        what = f"growth step {SHAPES[256]} x 256, layers {layers} / full step"
-        yield Figure(8, what, fast, full, "ms", fast / full, "at most", GROWTH_AT_MOST, counts=layers == "all")
+    for growth in (rivals.NEW_EXPERTS, rivals.NEW_IN_THE_SOFTMAX):
+        for layers in ("all", "top_half"):
+            steps = rivals.growth_steps(rivals.CONFIG_S, replace(growth, layers=layers), ids, targets)
+            fast, full = interleaved_ms(*steps, 5, 5)
+            what = f"growth step {SHAPES[256]} x 256, {growth.mode}, layers {layers} / full step"
+            yield Figure(8, what, fast, full, "ms", fast / full, "at most", GROWTH_AT_MOST, counts=layers == "all")
 
 
 def memory() -> Iterator[Figure]:
@@ -127,7 +133,8 @@ def memory() -> Iterator[Figure]:
 
 
 def decoding() -> Iterator[Figure]:
-    """Target 7: tokens per second after a prompt, one sequence."""
+    """Target 7: tokens per second after a prompt, one sequence; and of several side by side, with all and with half of
+    the experts: those that chose the same expert read it once."""
     mine, theirs = contestants.ours(), contestants.published()
     count = 16
     for prompt, target in DECODE_AT_LEAST.items():
@@ -135,6 +142,22 @@ def decoding() -> Iterator[Figure]:
         fast, slow = interleaved_ms(mine.prefill(ids, count), theirs.prefill(ids, count), 7, 3)
         per_second = [count * 1e3 / each for each in (fast, slow)]
         yield Figure(7, f"decode after {prompt} / published", *per_second, "tokens/s", slow / fast, "at least", target)
+    config, prompts = rivals.CONFIG_S, torch.randint(0, 512, (SIDE_BY_SIDE, 64))
+    half = replace(
+        config, **{each: getattr(config, each) // 2 for each in ("attention_experts", "feedforward_experts")}
+    )
+    fewer, alone, all_of_them = (
+        rivals.decode(new_model(each), rows, count)
+        for each, rows in ((half, prompts), (config, prompts[:1]), (config, prompts))
+    )
+    many_ms, one_ms = interleaved_ms(all_of_them, alone, 7, 7)
+    per_second = [count * 1e3 * SIDE_BY_SIDE / many_ms, count * 1e3 / one_ms]
+    what = f"decode {SIDE_BY_SIDE} sequences after 64 / one"
+    yield Figure(7, what, *per_second, "tokens/s", per_second[0] / per_second[1], "at least", 1.0, counts=False)
+    few_ms, many_ms = interleaved_ms(fewer, all_of_them, 7, 7)
+    per_second = [count * 1e3 * SIDE_BY_SIDE / each for each in (few_ms, many_ms)]
+    what = f"decode {SIDE_BY_SIDE} sequences after 64, half of the experts / all"
+    yield Figure(7, what, *per_second, "tokens/s", many_ms / few_ms, "at least", 1.0, counts=False)
 
 
 def scaling() -> Iterator[Figure]:

@@ -43,6 +43,7 @@ CONFIG_S = ModelConfig(
 )
 DENSE_HEAD = 32
 NEW_EXPERTS = GrowthConfig(embedding_rank=0, head_rank=0)
+NEW_IN_THE_SOFTMAX = replace(NEW_EXPERTS, mode="compete", key_value_rank=0, norms=False)
 NEVER_OPEN = 1 - 1e-6, 1.0  # thresholds that fresh gates stay below
 Size = Literal["active", "total"]
 
@@ -124,14 +125,17 @@ def decode(model: LanguageModel, prompt_BT: Tensor, count: int) -> Run:
 
 
 def growth_steps(config: ModelConfig, growth: GrowthConfig, ids_BT: Tensor, targets_BT: Tensor) -> tuple[Run, Run]:
-    """Train steps of one grown model whose gate is held open on every token: of the new experts and routers alone, and
-    of every parameter but the gate's. The text of the new domain costs most; where the gate is closed new experts cost
-    nothing."""
+    """Train steps of one grown model: of the new experts and routers alone, and of every parameter.
+
+    A gate is held open on every token, and trains in neither: the text of the new domain costs most, where the gate is
+    closed new experts cost nothing.
+    """
     steps = []
     for method in (Grow(), Full()):
         model = ModuleFormer(config)
         apply_plan(model, plan_growth(config, growth, "new"))
-        hold_gate_open(model)
+        if growth.mode == "gated":
+            hold_gate_open(model)
         names = method.trainable(model)
         set_trainable(model, names - gate_names(names))
         steps.append(train_step(model, ids_BT, targets_BT))
