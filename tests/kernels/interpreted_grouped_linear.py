@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mfext_kernels.grouped_linear import expert_feedforward, gather_linear, order_rows, scatter_linear, sort_rows
 from mfext_kernels.grouped_linear import triton as kernels
@@ -93,6 +94,18 @@ def test_non_contiguous_inputs_and_stride_0_gradients_agree(name: str) -> None:
         out = op_of(name, 2, dispatch, backend)(*leaves)
         results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
     assert_same(*results, relative_tolerance(torch.float32))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("kind", ["spread", "empty experts", "one expert"])
+def test_weights_gradients_summed_by_the_library_agree(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_library_sums", lambda weight: True)
+    monkeypatch.setattr(kernels, "weights_kernel", None)
+    for width, multiple in (("D", 24), ("F_WIDTH", 16)):  # of 16 bytes, which the library asks of rows
+        monkeypatch.setitem(globals(), width, multiple)
+    dispatch = make_dispatch(choose(kind, 29, 3, 6), 6)
+    compare(name, dispatch, (6,), torch.float32, relative_tolerance(torch.float32))
 
 
 class Counted:
