@@ -1,4 +1,4 @@
-"""Which tensors of a model's base the compiled decoding step reads, and when it can be used."""
+"""Which tensors of a model the compiled decoding step reads, and when it can be used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mfext.model.attention import ExpertAttention
+from mfext.model.experts import AttentionExperts, FeedForwardExperts
 from mfext.model.feedforward import ExpertFeedForward
+from mfext.model.generation import Generation, MatrixChange, NormChange
 from mfext.model.router import Router
-from mfext_kernels.decode_step import DecodeStep, LayerTensors, SiteTensors, available, fits
+from mfext_kernels.decode_step import Change, DecodeStep, GrownTensors, LayerTensors, SiteTensors, available, fits
 
 if TYPE_CHECKING:
     from mfext.model.cache import Cache
@@ -17,18 +19,26 @@ if TYPE_CHECKING:
 
 
 def compiled_step(model: ModuleFormer, cache: Cache) -> DecodeStep | None:
-    """The compiled step of `model` (router mlp) on `cache`; None where it is not built or the tensors do not fit it."""
+    """The compiled step of `model` (router mlp, every generation gated) on `cache`; None where it is not built or the
+    tensors do not fit it."""
     if not available():
         return None
+    generations = [model.generation(number) for number in range(1, len(model.generations) + 1)]
     layers = [
-        _layer(attention, feedforward, norms, keys_values)
-        for (attention, feedforward, norms), keys_values in zip(model.sites(), cache.keys_values, strict=True)
+        _layer(attention, feedforward, norms, keys_values, tuple(_grown(each, number) for each in generations))
+        for number, ((attention, feedforward, norms), keys_values) in enumerate(
+            zip(model.sites(), cache.keys_values, strict=True)
+        )
     ]
     return DecodeStep(layers, model.config.layer_norm_eps) if fits(layers) else None
 
 
 def _layer(
-    attention: ExpertAttention, feedforward: ExpertFeedForward, norms: tuple[nn.LayerNorm, nn.LayerNorm], kv: Tensor
+    attention: ExpertAttention,
+    feedforward: ExpertFeedForward,
+    norms: tuple[nn.LayerNorm, nn.LayerNorm],
+    kv: Tensor,
+    grown: tuple[GrownTensors, ...],
 ) -> LayerTensors:
     chosen = attention.config.attention_experts_per_token, attention.config.feedforward_experts_per_token
     projections = None
@@ -36,13 +46,45 @@ def _layer(
         key, value = attention.key, attention.value
         projections = (key.weight, key.bias, value.weight, value.bias)
     return LayerTensors(
-        _site(norms[0], attention.router, (attention.experts.query, attention.experts.output), chosen[0]),
-        _site(norms[1], feedforward.router, (feedforward.experts.up, feedforward.experts.down), chosen[1]),
+        _site(norms[0], attention.router, attention.experts, chosen[0]),
+        _site(norms[1], feedforward.router, feedforward.experts, chosen[1]),
         projections,
         kv,
+        grown,
     )
 
 
-def _site(norm: nn.LayerNorm, router: Router, experts: tuple[Tensor, Tensor], num_chosen: int) -> SiteTensors:
-    hidden = router.hidden
-    return SiteTensors(norm.weight, norm.bias, hidden.weight, hidden.bias, router.output.weight, *experts, num_chosen)
+def _grown(generation: Generation, number: int) -> GrownTensors:
+    layer, config = generation.layer(number), generation.config
+    return GrownTensors(
+        _site(layer.attention_norm, layer.attention_router, layer.attention, config.attention_experts_per_token),
+        _site(
+            layer.feedforward_norm, layer.feedforward_router, layer.feedforward, config.feedforward_experts_per_token
+        ),
+        _change(layer.key),
+        _change(layer.value),
+    )
+
+
+def _site(
+    norm: nn.LayerNorm | NormChange | None,
+    router: nn.Module | None,
+    experts: AttentionExperts | FeedForwardExperts | None,
+    num_chosen: int,
+) -> SiteTensors:
+    weights = None
+    if isinstance(router, Router):
+        weights = (router.hidden.weight, router.hidden.bias, router.output.weight)
+    return SiteTensors(None if norm is None else (norm.weight, norm.bias), weights, _pair(experts), num_chosen)
+
+
+def _pair(experts: AttentionExperts | FeedForwardExperts | None) -> tuple[Tensor, Tensor] | None:
+    if experts is None:
+        return None
+    return (experts.query, experts.output) if isinstance(experts, AttentionExperts) else (experts.up, experts.down)
+
+
+def _change(change: MatrixChange | None) -> Change | None:
+    if change is None:
+        return None
+    return (change.full,) if hasattr(change, "full") else (change.left, change.right)

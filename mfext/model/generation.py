@@ -86,6 +86,12 @@ class Generation(nn.Module):
         self.head = MatrixChange(model.vocab_size, model.d_model, config.head_rank) if config.head_rank else None
         self.final_norm = NormChange(model.d_model) if config.norms else None
 
+    def layer(self, index: int) -> GenerationLayer:
+        """This growth's share of one layer, from 0 on."""
+        layer = self.layers[index]
+        assert isinstance(layer, GenerationLayer)
+        return layer
+
 
 def deciding_names(names: Iterable[str]) -> set[str]:
     """Of a model's parameter names, the newest generation's that decide who reaches its experts: routers and gate."""
@@ -135,9 +141,7 @@ class OpenTokens:
         return cls(number, generation, gate_BT, tokens_M, rows_b, tokens_in_rows_M)
 
     def layer(self, index: int) -> GenerationLayer:
-        layer = self.generation.layers[index]
-        assert isinstance(layer, GenerationLayer)
-        return layer
+        return self.generation.layer(index)
 
     def add(self, y_ND: Tensor, change_MD: Tensor) -> Tensor:
         """y plus g times the change on the open tokens; every other token keeps its bits."""

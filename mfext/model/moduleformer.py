@@ -124,8 +124,8 @@ class ModuleFormer(LanguageModel):
             self.generation(number) for number, each in enumerate(self.config.generations, 1) if each.joins_softmax
         )
         if cache is not None and not (return_hidden or return_attentions or self.observed or self.masked):
-            if not (opened or competing) and self._decodes(input_ids, positions, cache):
-                return self._decode(input_ids, positions, cache, gates)
+            if not competing and self._decodes(input_ids, positions, cache, opened):
+                return self._decode(input_ids, positions, cache, gates, opened)
             if attention_mask is None and document_starts is None and records(self, input_ids, cache):
                 return self._replay(input_ids, cache)
             if cache.filled_1 is not None:
@@ -162,10 +162,11 @@ class ModuleFormer(LanguageModel):
             assert isinstance(block, Block)
             yield block.attention, block.feedforward, (block.attention_norm, block.feedforward_norm)
 
-    def _decodes(self, input_ids: Tensor, positions: Positions, cache: Cache) -> bool:
-        """Whether this is one token of a few sequences on the CPU with nothing to train, that no generation is open on.
+    def _decodes(self, input_ids: Tensor, positions: Positions, cache: Cache, opened: tuple[OpenTokens, ...]) -> bool:
+        """Whether this is one token of a few sequences on the CPU with nothing to train.
 
-        Of more than one, or of one that does not see its cache from the first key on, by the compiled step alone.
+        Of more than one, of one that does not see its cache from the first key on, or with a generation open on it, by
+        the compiled step alone.
         """
         config, rows = self.config, cache.keys_values[0].shape[1]
         simple = (
@@ -175,23 +176,32 @@ class ModuleFormer(LanguageModel):
             and cache.length < cache.capacity
             and not torch.is_grad_enabled()
             and config.router == "mlp"
+            and all(each.mode == "gated" for each in config.generations)
             and not torch.is_autocast_enabled(input_ids.device.type)
         )
         if not simple:
             return False
         if cache.compiled is None and cache.weights is None:
             cache.compiled = compiled_step(self, cache)
-        plain = rows == 1 and positions.starts_BT is None and not config.identity_keys_values
+        plain = rows == 1 and positions.starts_BT is None and not (config.identity_keys_values or opened)
         torch_too = plain and self.embedding.weight.dtype in (torch.float32, torch.float64)
         return cache.compiled is not None or torch_too
 
-    def _decode(self, input_ids: Tensor, positions: Positions, cache: Cache, gates: dict[int, Tensor]) -> ModelOutput:
+    def _decode(
+        self,
+        input_ids: Tensor,
+        positions: Positions,
+        cache: Cache,
+        gates: dict[int, Tensor],
+        opened: tuple[OpenTokens, ...],
+    ) -> ModelOutput:
         """One token a row: by the compiled step, which reports no routings, or by the shortest path through torch."""
-        x_BD = F.embedding(input_ids[:, 0], self.embedding.weight)
+        x_BD = self._embed(input_ids, opened)[:, 0]
         routings: list[Routing] = []
         if cache.compiled is not None:
             starts_B = None if positions.starts_BT is None else positions.starts_BT[:, 0]
-            cache.compiled(x_BD, cache.length, starts_B)
+            gates_GB = torch.cat([each.view(1, -1) for each in gates.values()]).float() if opened else None
+            cache.compiled(x_BD, cache.length, starts_B, gates_GB)
             cache.starts_B = starts_B
         else:
             if cache.weights is None:
@@ -201,10 +211,10 @@ class ModuleFormer(LanguageModel):
                 x_BD, feedforward_routing = feed_forward(x_BD, weights.feedforward)
                 routings += attention_routing, feedforward_routing
         cache.length += 1
-        norm = self.final_norm
-        normed_BD = F.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        logits_BTV = F.linear(normed_BD, self.lm_head.weight).unsqueeze(1)
-        return ModelOutput(logits_BTV, tuple(routings), _stacked(gates))
+        x_BTD = changed_norm(
+            self.final_norm, x_BD.unsqueeze(1), [(each, each.generation.final_norm) for each in opened]
+        )
+        return ModelOutput(self._head(x_BTD, opened), tuple(routings), _stacked(gates))
 
     def _replay(self, input_ids: Tensor, cache: Cache) -> ModelOutput:
         """One token a row on a GPU, as it was recorded; no routings, which lie in the graph's own memory."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from mfext.config import GenerationConfig, GrowthMode, ModelConfig
 from mfext.config_gate import DomainGateConfig
+from mfext.model.cache import Cache
 from mfext.model.generate import Sampling, pad_left
 from mfext.model.language_model import ModelOutput
 from mfext.model.moduleformer import ModuleFormer
+from mfext_kernels.decode_step import available, explain
 
 # The same float64 sums in another order.
 SAME = {"rtol": 1e-11, "atol": 1e-11}
@@ -103,6 +107,59 @@ def test_a_cache_changes_nothing(model: ModuleFormer, pieces: tuple[int, ...]) -
     logits = torch.cat([part.logits for part in parts], dim=1)
     gates = None if whole.gates is None else torch.cat([part.gates for part in parts if part.gates is not None], dim=1)
     assert_same(ModelOutput(logits, (), gates), whole)
+
+
+of_gated_generations = pytest.mark.parametrize("model", LINEAGES[:2], ids="-".join, indirect=True)
+
+
+def compiled(model: ModuleFormer) -> ModuleFormer:
+    """The model in float32, as the compiled step takes it; skips where that is not built."""
+    if not available():
+        pytest.skip(f"no compiled decoding step here: {explain()}")
+    return model.float()
+
+
+@torch.no_grad()
+@of_gated_generations
+@pytest.mark.parametrize("identity", [False, True], ids=["projected", "keys and values are the input"])
+def test_the_compiled_step_gives_what_the_whole_forward_gives(model: ModuleFormer, identity: bool) -> None:
+    model, ids = compiled(model), tokens(4, 70)
+    if identity:
+        gates = [model.generation(number).gate for number in range(1, len(model.generations) + 1)]
+        model = ModuleFormer(replace(model.config, d_attention=12, num_heads=1)).eval()
+        for number, gate in enumerate(gates, 1):
+            model.generation(number).gate = gate
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (parameter.dim() < 3), alpha=0.1)
+    assert model.config.identity_keys_values == identity
+    whole, cache = model(ids), model.new_cache(4, 70)
+    parts = [model(ids[:, :3], cache=cache), *(model(ids[:, [at]], cache=cache) for at in range(3, 70))]
+    assert cache.compiled is not None
+    logits = torch.cat([part.logits for part in parts], dim=1)
+    assert (logits - whole.logits).abs().max() <= 5e-5 * whole.logits.abs().max()
+    assert torch.allclose(torch.cat([part.gates for part in parts], dim=1), whole.gates, atol=1e-4)
+
+
+@torch.no_grad()
+@of_gated_generations
+def test_a_row_that_no_gate_is_open_on_keeps_its_bits_beside_one_that_is(
+    model: ModuleFormer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = compiled(model), tokens(2, 12)
+    for number in range(1, len(model.generations) + 1):
+        gate = model.generation(number).gate
+        assert gate is not None
+        monkeypatch.setattr(gate, "openness", lambda logits: (torch.arange(len(logits)) == 1)[:, None].float())
+
+    def decoded(rows: Tensor) -> tuple[Tensor, Cache]:
+        cache = model.new_cache(len(rows), 12)
+        logits = torch.cat([model(rows[:, [at]], cache=cache).logits for at in range(12)], dim=1)
+        assert cache.compiled is not None
+        return logits, cache
+
+    (together, cache), (_, own_cache) = decoded(ids), decoded(ids[:1])
+    assert torch.equal(torch.stack(cache.keys_values)[:, :, :1], torch.stack(own_cache.keys_values))
+    assert not torch.equal(decoded(ids[[1, 1]])[0][0], together[1])
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 A decoding step in torch is bound by its calls: 63 operations a layer took 1.9 of 3 ms. Here a step is one call: C
 compiled at first use with the system's compiler, float32 on the CPU. Sequences that chose the same expert pass it
-together, so its weights are read once a step. It reads weights where they lie, so a weight changed in place is seen.
+together, so its weights are read once a step; generations behind gates add theirs on the rows they are open on. It
+reads weights where they lie, so a weight changed in place is seen.
 Where it cannot be built the caller takes its torch path; `explain()` says why.
 
 Equations as in the other ops: stick-breaking attention over the cache, expert queries and outputs, feed-forward experts
@@ -26,27 +27,49 @@ SOURCE = Path(__file__).with_name("decode_step.c")
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """One site: norm (D), router (G, D), (G), (E, G), experts (E, D, W) and (E, W, D)."""
+    """One site: norm (D), (D), router (G, D), (G), (E, G), experts (E, D, W) and (E, W, D); K of them chosen.
 
-    norm_weight: Tensor
-    norm_bias: Tensor
-    hidden_weight: Tensor
-    hidden_bias: Tensor
-    output_weight: Tensor
-    enter: Tensor
-    leave: Tensor
+    Of a generation: what it adds to the norm, and experts of its own; None where it has none here.
+    """
+
+    norm: tuple[Tensor, Tensor] | None
+    router: tuple[Tensor, Tensor, Tensor] | None
+    experts: tuple[Tensor, Tensor] | None
     num_chosen: int
+
+    @property
+    def num_experts(self) -> int:
+        return 0 if self.experts is None else self.experts[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        return 0 if self.experts is None else self.experts[0].shape[2]
+
+
+# A matrix (A, D), or its factors (A, R) and (R, D).
+Change = tuple[Tensor] | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class GrownTensors:
+    """What a gated generation adds to a layer: to both sites, and to keys' and values' weights."""
+
+    attention: SiteTensors
+    feedforward: SiteTensors
+    key: Change | None
+    value: Change | None
 
 
 @dataclass(frozen=True)
 class LayerTensors:
     """One layer: its two sites, keys' and values' weights (A, D) and biases (A), or None where keys and values are the
-    layer's input; and the cache (2, B, H, capacity, C)."""
+    layer's input; the cache (2, B, H, capacity, C); and what generations add, all layers as many."""
 
     attention: SiteTensors
     feedforward: SiteTensors
     projections: tuple[Tensor, Tensor, Tensor, Tensor] | None
     keys_values: Tensor
+    grown: tuple[GrownTensors, ...] = ()
 
 
 class _Site(ctypes.Structure):
@@ -55,15 +78,23 @@ class _Site(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("norm_w", "norm_b", "hidden_w", "hidden_b", "output_w", "enter", "leave")
         ),
-        ("num_experts", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("num_experts", "chosen", "width")),
     )
+
+
+class _Change(ctypes.Structure):
+    _fields_ = (("left", ctypes.c_void_p), ("right", ctypes.c_void_p), ("rank", ctypes.c_int32))
+
+
+class _Grown(ctypes.Structure):
+    _fields_ = (("sites", _Site * 2), ("changes", _Change * 2))
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        ("attention", _Site),
-        ("feedforward", _Site),
-        *((name, ctypes.c_void_p) for name in ("key_w", "key_b", "value_w", "value_b", "keys", "values")),
+        ("sites", _Site * 2),
+        *((name, ctypes.c_void_p * 2) for name in ("weights", "biases", "cache")),
+        ("grown", ctypes.POINTER(_Grown)),
     )
 
 
@@ -71,10 +102,17 @@ class _Shape(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int32)
-            for name in ("num_layers", "d_model", "num_heads", "d_head", "d_router", "d_feedforward", "capacity")
+            for name in ("num_layers", "num_generations", "d_model", "num_heads", "d_head", "d_router", "capacity")
         ),
-        *((name, ctypes.c_int32) for name in ("attention_chosen", "feedforward_chosen")),
+        *((name, ctypes.c_int32) for name in ("widest", "most_chosen")),
         ("eps", ctypes.c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "position")),
+        *((name, ctypes.c_void_p) for name in ("starts", "gates")),
     )
 
 
@@ -99,39 +137,44 @@ class DecodeStep:
         assert library is not None, "ask available() first"
         first = layers[0]
         _, rows, heads, capacity, width = first.keys_values.shape
-        sites = (first.attention, first.feedforward)
+        sites = [site for layer in layers for site in _sites(layer)]
         # Aliases of the storage itself: a parameter given other data meanwhile leaves ours alive.
         self._storages = [tensor.detach() for layer in layers for tensor in _tensors(layer)]
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
-        self._shape = _Shape(
-            len(layers), first.attention.enter.shape[1], heads, width, sites[0].hidden_weight.shape[0],
-            sites[1].enter.shape[2], capacity, sites[0].num_chosen, sites[1].num_chosen, eps,
-        )  # fmt: skip
-        shape = self._shape
-        widest = max(heads * width, shape.d_feedforward)
-        experts = max(site.enter.shape[0] for layer in layers for site in (layer.attention, layer.feedforward))
+        assert first.attention.experts is not None and first.attention.router is not None
+        d_model, d_router = first.attention.experts[0].shape[1], first.attention.router[0].shape[0]
+        widest = max(heads * width, *(site.width for site in sites))
         most = max(site.num_chosen for site in sites)
-        self._scratch = torch.empty(rows * (shape.d_model + 2 * widest + shape.d_router + experts + 2 * most))
+        experts = max(site.num_experts for site in sites)
+        self._shape = _Shape(
+            len(layers), len(first.grown), d_model, heads, width, d_router, capacity, widest, most, eps
+        )
+        self._scratch = torch.empty(rows * (d_model + 2 * widest + d_router + experts + 2 * most))
         self._numbers = torch.empty(2 * rows * most + experts + 1, dtype=torch.int32)
         self._function = library.mfext_decode_step
         self._function.restype = None
-        self._function.argtypes = (
-            *(ctypes.c_void_p,) * 2,
-            *(ctypes.c_int32,) * 2,
-            *(ctypes.c_void_p,) * 4,
-        )
-        self._fixed = (ctypes.addressof(self._layers), ctypes.addressof(shape))
+        self._function.argtypes = (ctypes.c_void_p,) * 6
+        self._fixed = (ctypes.addressof(self._layers), ctypes.addressof(self._shape))
 
-    def __call__(self, x_BD: Tensor, position: int, starts_B: Tensor | None = None) -> None:
+    def __call__(
+        self, x_BD: Tensor, position: int, starts_B: Tensor | None = None, gates_GB: Tensor | None = None
+    ) -> None:
         """Carry x (B, D, contiguous, float32), a row a sequence, through all layers in place.
 
-        A row's keys before its start are not seen; None: every row sees all of its own.
+        A row's keys before its start are not seen; None: every row sees all of its own. `gates_GB` (float32, in
+        [0, 1]): how far each generation is open on each row; None: every one is closed. Raises ValueError for gates of
+        another number of generations than the step was made for.
         """
+        if gates_GB is not None and gates_GB.shape != (self._shape.num_generations, len(x_BD)):
+            made_for = f"{self._shape.num_generations} generations of {len(x_BD)} rows"
+            raise ValueError(f"gates_GB: of shape {tuple(gates_GB.shape)}, for {made_for}: begin a new cache")
         starts = None if starts_B is None else starts_B.to(torch.int32).contiguous()
+        gates = None if gates_GB is None else gates_GB.contiguous()
+        pointers = (None if each is None else each.data_ptr() for each in (starts, gates))
+        step = _Step(len(x_BD), position, *pointers)
         self._function(
-            *self._fixed, len(x_BD), position, None if starts is None else starts.data_ptr(), x_BD.data_ptr(),
-            self._scratch.data_ptr(), self._numbers.data_ptr(),
-        )  # fmt: skip
+            *self._fixed, ctypes.addressof(step), x_BD.data_ptr(), self._scratch.data_ptr(), self._numbers.data_ptr()
+        )
 
 
 def fits(layers: Sequence[LayerTensors]) -> bool:
@@ -143,27 +186,45 @@ def fits(layers: Sequence[LayerTensors]) -> bool:
     )
 
 
+def _sites(layer: LayerTensors) -> list[SiteTensors]:
+    grown = [site for each in layer.grown for site in (each.attention, each.feedforward)]
+    return [layer.attention, layer.feedforward, *grown]
+
+
 def _tensors(layer: LayerTensors) -> list[Tensor]:
-    sites = [tensor for site in (layer.attention, layer.feedforward) for tensor in _site_tensors(site)]
-    return [*sites, *(layer.projections or ()), layer.keys_values]
+    sites = [
+        tensor for site in _sites(layer) for part in (site.norm, site.router, site.experts) for tensor in part or ()
+    ]
+    changes = [tensor for grown in layer.grown for change in (grown.key, grown.value) for tensor in change or ()]
+    return [*sites, *changes, *(layer.projections or ()), layer.keys_values]
 
 
-def _site_tensors(site: SiteTensors) -> tuple[Tensor, ...]:
-    return (
-        site.norm_weight,
-        site.norm_bias,
-        site.hidden_weight,
-        site.hidden_bias,
-        site.output_weight,
-        site.enter,
-        site.leave,
-    )
+def _site(site: SiteTensors) -> _Site:
+    parts = ((site.norm, 2), (site.router, 3), (site.experts, 2))
+    pointers = [
+        pointer
+        for part, count in parts
+        for pointer in ([None] * count if part is None else [tensor.data_ptr() for tensor in part])
+    ]
+    return _Site(*pointers, site.num_experts, site.num_chosen, site.width)
+
+
+def _change(change: Change | None) -> _Change:
+    if change is None:
+        return _Change(None, None, 0)
+    right = change[1].data_ptr() if len(change) == 2 else None
+    return _Change(change[0].data_ptr(), right, change[0].shape[1])
+
+
+def _pair(layer: LayerTensors | GrownTensors) -> ctypes.Array[_Site]:
+    return (_Site * 2)(_site(layer.attention), _site(layer.feedforward))
 
 
 def _layer(layer: LayerTensors) -> _Layer:
-    sites = (
-        _Site(*(tensor.data_ptr() for tensor in _site_tensors(site)), site.enter.shape[0])
-        for site in (layer.attention, layer.feedforward)
+    grown = (_Grown * len(layer.grown))(
+        *(_Grown(_pair(each), (_Change * 2)(_change(each.key), _change(each.value))) for each in layer.grown)
     )
-    projections = [tensor.data_ptr() for tensor in layer.projections] if layer.projections else [None] * 4
-    return _Layer(*sites, *projections, layer.keys_values[0].data_ptr(), layer.keys_values[1].data_ptr())
+    weights = [tensor.data_ptr() for tensor in layer.projections] if layer.projections else [None] * 4
+    pair = ctypes.c_void_p * 2
+    cache = pair(layer.keys_values[0].data_ptr(), layer.keys_values[1].data_ptr())
+    return _Layer(_pair(layer), pair(*weights[::2]), pair(*weights[1::2]), cache, grown)

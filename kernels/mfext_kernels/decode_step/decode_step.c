@@ -3,8 +3,9 @@
  * Matrices are row-major. Expert matrices (E, in, out) are applied as a weighted sum of their rows, linear layers
  * (out, in) as dot products. Rows that chose the same expert pass it together, four of its rows at a time, so each
  * weight comes from memory once however many rows want it; a row's sums have the same order whoever is beside it, so
- * its bits are those of the row alone. The residual stream x (rows, D) is read and written in place; keys and values
- * of the new position are appended to the cache. */
+ * its bits are those of the row alone. Generations grown on the model change norms, keys and values and add experts of
+ * their own, times a gate, for the rows they are open on; the other rows keep their bits. The residual stream x (rows, D)
+ * is read and written in place; keys and values of the new position are appended to the cache. */
 #include "../exponential.h"
 
 #include <math.h>
@@ -16,23 +17,45 @@
 #define LEAST_STICK 1.17549435e-38f /* what is left weighs less than the smallest normal number */
 
 typedef struct {
-    const float *norm_weight, *norm_bias;                    /* (D) */
+    const float *norm_weight, *norm_bias;                    /* (D); of a generation: what is added to them, or NULL */
     const float *hidden_weight, *hidden_bias, *output_weight; /* router: (G, D), (G), (E, G) */
     const float *enter, *leave;                              /* experts: (E, D, W), (E, W, D) */
-    int32_t num_experts;                                     /* E, which pruning leaves different from site to site */
+    int32_t num_experts, chosen, width;                      /* E, 0 of a generation without any here; K; W */
 } Site;
 
 typedef struct {
-    Site attention, feedforward;
-    const float *key_weight, *key_bias, *value_weight, *value_bias; /* (A, D), (A); NULL: keys and values are x */
-    float *keys, *values;                                           /* (rows, H, capacity, C) */
+    const float *left, *right; /* W (A, D) = left (A, R) right (R, D); right NULL: left itself; left NULL: none */
+    int32_t rank;
+} Change;
+
+enum { ATTENTION, FEEDFORWARD }; /* of a layer's sites */
+enum { OF_KEYS, OF_VALUES };     /* of its projections */
+
+typedef struct {
+    Site sites[2];
+    Change changes[2];
+} Grown;
+
+typedef struct {
+    Site sites[2];
+    const float *weights[2], *biases[2]; /* of keys and values: (A, D), (A); NULL: they are x */
+    float *cache[2];                     /* keys and values: (rows, H, capacity, C) */
+    const Grown *grown;                  /* one a generation */
 } Layer;
 
 typedef struct {
-    int32_t num_layers, d_model, num_heads, d_head, d_router, d_feedforward, capacity;
-    int32_t attention_chosen, feedforward_chosen;
+    int32_t num_layers, num_generations, d_model, num_heads, d_head, d_router, capacity;
+    int32_t widest, most_chosen; /* of all sites: the widest W and A, the greatest K */
     float eps;
 } Shape;
+
+/* One step: keys before a row's start are not seen (NULL: none are hidden); gates (generations, rows), in [0, 1], or NULL
+ * where every generation is closed on every row. */
+typedef struct {
+    int32_t rows, position;
+    const int32_t *starts;
+    const float *gates;
+} Step;
 
 static float dot(const float *a, const float *b, int n) {
     float sum = 0;
@@ -99,16 +122,37 @@ static void add_products(Rows y, Rows x, const float *w, const float *scales, in
         }
 }
 
-static void layer_norm(float *y, const float *x, const Site *site, int n, float eps) {
+/* The gates of a generation, NULL where it is closed on every row. */
+static const float *open_gates(const Step *step, int generation) {
+    if (!step->gates) return NULL;
+    const float *gates = step->gates + (size_t)generation * step->rows;
+    for (int row = 0; row < step->rows; row++)
+        if (gates[row] > 0) return gates;
+    return NULL;
+}
+
+/* Layer norm of row `row` of x before site `which`, with the changes of every generation open on it. */
+static void layer_norm(float *y, const float *x, const Layer *layer, int which, const Shape *shape, const Step *step,
+                       int row) {
+    const int n = shape->d_model;
+    const Site *site = layer->sites + which;
     float mean = 0, variance = 0;
+    x += (size_t)row * n, y += (size_t)row * n;
 #pragma omp simd reduction(+ : mean)
     for (int i = 0; i < n; i++) mean += x[i];
     mean /= n;
 #pragma omp simd reduction(+ : variance)
     for (int i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
-    const float scale = 1 / sqrtf(variance / n + eps);
+    const float scale = 1 / sqrtf(variance / n + shape->eps);
 #pragma omp simd
     for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * site->norm_weight[i] + site->norm_bias[i];
+    for (int number = 0; step->gates && number < shape->num_generations; number++) {
+        const Site *change = layer->grown[number].sites + which;
+        const float gate = step->gates[(size_t)number * step->rows + row];
+        if (!(gate > 0) || !change->norm_weight) continue;
+#pragma omp simd
+        for (int i = 0; i < n; i++) y[i] += gate * ((x[i] - mean) * scale * change->norm_weight[i] + change->norm_bias[i]);
+    }
 }
 
 /* The `chosen` largest of `probability` (E, overwritten), in falling order, the lower number first among equals. */
@@ -137,9 +181,10 @@ typedef struct {
     int32_t *begins;                     /* (E + 1): where each expert's rows begin in sorted_rows */
 } Room;
 
-/* Router of every row, then its picks sorted by expert, a row's place kept among equals. */
-static void route(const Room *room, const Site *site, const Shape *shape, int rows, int chosen) {
-    const int num_experts = site->num_experts, d_router = shape->d_router, picks = rows * chosen;
+/* Router of every row, then the picks of those with an open gate (NULL: all, at 1) sorted by expert, a row's place kept
+ * among equals. */
+static void route(const Room *room, const Site *site, const Shape *shape, int rows, const float *gates) {
+    const int num_experts = site->num_experts, d_router = shape->d_router, chosen = site->chosen, picks = rows * chosen;
     linear(room->hidden, room->normed, site->hidden_weight, site->hidden_bias, rows, shape->d_model, d_router);
     for (int i = 0; i < rows * d_router; i++) {
         const float h = room->hidden[i];
@@ -149,14 +194,19 @@ static void route(const Room *room, const Site *site, const Shape *shape, int ro
     memset(room->begins, 0, sizeof(int32_t) * (num_experts + 1));
     for (int row = 0; row < rows; row++) {
         const size_t at = (size_t)row * chosen;
+        if (gates && !(gates[row] > 0)) {
+            for (int k = 0; k < chosen; k++) room->experts[at + k] = -1;
+            continue;
+        }
         choose(room->experts + at, room->gates + at, room->probability + (size_t)row * num_experts, num_experts, chosen);
         for (int k = 0; k < chosen; k++) room->begins[room->experts[at + k]]++;
     }
     for (int e = 0, end = 0; e <= num_experts; e++) room->begins[e] = end += e < num_experts ? room->begins[e] : 0;
     for (int pick = picks - 1; pick >= 0; pick--) { /* from the last on: begins count down to where each begins */
-        const int to = --room->begins[room->experts[pick]];
-        room->sorted_rows[to] = pick / chosen;
-        room->sorted_gates[to] = room->gates[pick];
+        if (room->experts[pick] < 0) continue;
+        const int to = --room->begins[room->experts[pick]], row = pick / chosen;
+        room->sorted_rows[to] = row;
+        room->sorted_gates[to] = gates ? gates[row] * room->gates[pick] : room->gates[pick];
     }
 }
 
@@ -183,27 +233,43 @@ static void attend(float *o, const float *q, const float *keys, const float *val
     }
 }
 
-/* The new position's keys or values of every row, into the cache (rows, H, capacity, C); W NULL: x itself. */
-static void append(float *cache, const float *weight, const float *bias, const Room *room, const Shape *shape, int rows,
-                   int position) {
-    const int wide = shape->num_heads * shape->d_head;
-    const float *from = room->normed;
-    if (weight) {
-        linear(room->first, room->normed, weight, bias, rows, shape->d_model, wide);
-        from = room->first;
+/* y (A) += gate * W x (D), by way of `between` (R). */
+static void add_change(float *y, const float *x, const Change *change, float gate, float *between, int wide, int d) {
+    const int in = change->right ? change->rank : d;
+    if (change->right) {
+        linear(between, x, change->right, NULL, 1, d, change->rank);
+        x = between;
+    }
+    for (int i = 0; i < wide; i++) y[i] += gate * dot(change->left + (size_t)i * in, x, in);
+}
+
+/* The new position's keys or values of every row, into the cache. */
+static void append(const Layer *layer, int which, const Room *room, const Shape *shape, const Step *step) {
+    const int wide = shape->num_heads * shape->d_head, d = shape->d_model, rows = step->rows;
+    if (layer->weights[which])
+        linear(room->first, room->normed, layer->weights[which], layer->biases[which], rows, d, wide);
+    else
+        memcpy(room->first, room->normed, sizeof(float) * rows * wide);
+    for (int number = 0; step->gates && number < shape->num_generations; number++) {
+        const Change *change = layer->grown[number].changes + which;
+        const float *gates = step->gates + (size_t)number * rows;
+        for (int row = 0; change->left && row < rows; row++)
+            if (gates[row] > 0)
+                add_change(room->first + (size_t)row * wide, room->normed + (size_t)row * d, change, gates[row],
+                           room->second, wide, d);
     }
     for (int row = 0; row < rows; row++)
         for (int h = 0; h < shape->num_heads; h++) {
-            const size_t head = ((size_t)row * shape->num_heads + h) * shape->capacity + position;
-            memcpy(cache + head * shape->d_head, from + (size_t)row * wide + h * shape->d_head, sizeof(float) * shape->d_head);
+            const size_t head = ((size_t)row * shape->num_heads + h) * shape->capacity + step->position;
+            memcpy(layer->cache[which] + head * shape->d_head, room->first + (size_t)row * wide + h * shape->d_head,
+                   sizeof(float) * shape->d_head);
         }
 }
 
 /* What every expert of a site adds to the rows that chose it. `layer` NULL: feed-forward; else attention over its cache. */
-static void add_experts(const Room *room, const Site *site, const Shape *shape, const Layer *layer, const int32_t *starts,
-                        int position, float *x) {
-    const int d = shape->d_model, heads = shape->num_heads, width = shape->d_head;
-    const int wide = layer ? heads * width : shape->d_feedforward;
+static void add_experts(const Room *room, const Site *site, const Shape *shape, const Layer *layer, const Step *step,
+                        float *x) {
+    const int d = shape->d_model, heads = shape->num_heads, width = shape->d_head, wide = site->width;
     for (int e = 0; e < site->num_experts; e++) {
         const int begin = room->begins[e], count = room->begins[e + 1] - begin;
         if (!count) continue;
@@ -217,8 +283,8 @@ static void add_experts(const Room *room, const Site *site, const Shape *shape, 
             for (int n = 0; n < count; n++)
                 for (int h = 0; h < heads; h++) {
                     const size_t head = ((size_t)numbers[n] * heads + h) * shape->capacity * width;
-                    attend(pick(&second, n) + h * width, pick(&first, n) + h * width, layer->keys + head,
-                           layer->values + head, position, starts ? starts[numbers[n]] : 0, width);
+                    attend(pick(&second, n) + h * width, pick(&first, n) + h * width, layer->cache[OF_KEYS] + head,
+                           layer->cache[OF_VALUES] + head, step->position, step->starts ? step->starts[numbers[n]] : 0, width);
                 }
         } else {
 #pragma omp simd
@@ -232,41 +298,42 @@ static void add_experts(const Room *room, const Site *site, const Shape *shape, 
     }
 }
 
-static void add_site(const Room *room, const Site *site, const Shape *shape, const Layer *layer, int rows, int chosen,
-                     const int32_t *starts, int position, float *x) {
-    const int d = shape->d_model;
-    for (int row = 0; row < rows; row++)
-        layer_norm(room->normed + (size_t)row * d, x + (size_t)row * d, site, d, shape->eps);
-    if (layer) {
-        append(layer->keys, layer->key_weight, layer->key_bias, room, shape, rows, position);
-        append(layer->values, layer->value_weight, layer->value_bias, room, shape, rows, position);
+static void add_site(const Room *room, const Layer *layer, int which, const Shape *shape, const Step *step, float *x) {
+    const Layer *cached = which == ATTENTION ? layer : NULL;
+    for (int row = 0; row < step->rows; row++) layer_norm(room->normed, x, layer, which, shape, step, row);
+    if (which == ATTENTION) {
+        append(layer, OF_KEYS, room, shape, step);
+        append(layer, OF_VALUES, room, shape, step);
     }
-    route(room, site, shape, rows, chosen);
-    add_experts(room, site, shape, layer, starts, position, x);
+    route(room, layer->sites + which, shape, step->rows, NULL);
+    add_experts(room, layer->sites + which, shape, cached, step, x);
+    for (int number = 0; number < shape->num_generations; number++) {
+        const Site *grown = layer->grown[number].sites + which;
+        const float *gates = grown->num_experts ? open_gates(step, number) : NULL;
+        if (!gates) continue;
+        route(room, grown, shape, step->rows, gates);
+        add_experts(room, grown, shape, cached, step, x);
+    }
 }
 
-/* x (rows, D) in place; `starts` (rows): keys before it are not seen, or NULL where every row sees the cache from its
- * first key on. With E the most experts of a site, W the wider of A and F and K the most chosen, `scratch` holds
+/* x (rows, D) in place. With E the most experts of a site, W the widest and K the most chosen, `scratch` holds
  * rows * (D + 2 W + G + E + 2 K) floats, `numbers` 2 rows K + E + 1 integers. */
-void mfext_decode_step(const Layer *layers, const Shape *shape, int32_t rows, int32_t position, const int32_t *starts,
-                       float *x, float *scratch, int32_t *numbers) {
-    const int wide = shape->num_heads * shape->d_head, f = shape->d_feedforward, widest = wide > f ? wide : f;
-    const int attention = shape->attention_chosen, feedforward = shape->feedforward_chosen;
-    const size_t picks = (size_t)rows * (attention > feedforward ? attention : feedforward);
+void mfext_decode_step(const Layer *layers, const Shape *shape, const Step *step, float *x, float *scratch,
+                       int32_t *numbers) {
+    const size_t rows = step->rows, picks = rows * shape->most_chosen;
     Room room;
     room.normed = scratch;
-    room.first = room.normed + (size_t)rows * shape->d_model;
-    room.second = room.first + (size_t)rows * widest;
-    room.hidden = room.second + (size_t)rows * widest;
-    room.gates = room.hidden + (size_t)rows * shape->d_router;
+    room.first = room.normed + rows * shape->d_model;
+    room.second = room.first + rows * shape->widest;
+    room.hidden = room.second + rows * shape->widest;
+    room.gates = room.hidden + rows * shape->d_router;
     room.sorted_gates = room.gates + picks;
     room.probability = room.sorted_gates + picks;
     room.experts = numbers;
     room.sorted_rows = room.experts + picks;
     room.begins = room.sorted_rows + picks;
     for (int number = 0; number < shape->num_layers; number++) {
-        const Layer *layer = layers + number;
-        add_site(&room, &layer->attention, shape, layer, rows, attention, starts, position, x);
-        add_site(&room, &layer->feedforward, shape, NULL, rows, feedforward, starts, position, x);
+        add_site(&room, layers + number, ATTENTION, shape, step, x);
+        add_site(&room, layers + number, FEEDFORWARD, shape, step, x);
     }
 }
