@@ -24,6 +24,7 @@ from measure import ROOT, child_peak_mb, surroundings  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from mfext.commands import rivals  # noqa: E402
+from mfext.commands.footprint import PROMPT, SIDE_BY_SIDE  # noqa: E402
 from mfext.metrics.speed import Figure, Run, interleaved_ms, peak_kb  # noqa: E402
 from mfext.model.build import new_model  # noqa: E402
 from mfext.model.language_model import LanguageModel  # noqa: E402
@@ -40,7 +41,6 @@ DENSE_LENGTHS = (256, 512)
 ACTIVE_AT_MOST, TOTAL_AT_LEAST = 1.3, 2.5
 GROWTH_AT_MOST = 0.75
 EXPERTS_16_FOLD_AT_MOST = 1.15
-SIDE_BY_SIDE = 16
 CLOSED_GENERATIONS, EACH_AT_MOST = 4, 0.05
 
 
@@ -133,8 +133,7 @@ def memory() -> Iterator[Figure]:
 
 
 def decoding() -> Iterator[Figure]:
-    """Target 7: tokens per second after a prompt, one sequence; and of several side by side, with all and with half of
-    the experts: those that chose the same expert read it once."""
+    """Target 7: tokens per second after a prompt, one sequence; and without a target, `decoding_side_by_side`."""
     mine, theirs = contestants.ours(), contestants.published()
     count = 16
     for prompt, target in DECODE_AT_LEAST.items():
@@ -142,7 +141,13 @@ def decoding() -> Iterator[Figure]:
         fast, slow = interleaved_ms(mine.prefill(ids, count), theirs.prefill(ids, count), 7, 3)
         per_second = [count * 1e3 / each for each in (fast, slow)]
         yield Figure(7, f"decode after {prompt} / published", *per_second, "tokens/s", slow / fast, "at least", target)
-    config, prompts = rivals.CONFIG_S, torch.randint(0, 512, (SIDE_BY_SIDE, 64))
+    yield from decoding_side_by_side(count)
+
+
+def decoding_side_by_side(count: int) -> Iterator[Figure]:
+    """Several sequences against one, and with half of the experts: those that chose the same expert read it once; and
+    one and several with a generation open on every token against the same model without it."""
+    config, prompts = rivals.CONFIG_S, torch.randint(0, 512, (SIDE_BY_SIDE, PROMPT))
     half = replace(
         config, **{each: getattr(config, each) // 2 for each in ("attention_experts", "feedforward_experts")}
     )
@@ -150,14 +155,18 @@ def decoding() -> Iterator[Figure]:
         rivals.decode(new_model(each), rows, count)
         for each, rows in ((half, prompts), (config, prompts[:1]), (config, prompts))
     )
-    many_ms, one_ms = interleaved_ms(all_of_them, alone, 7, 7)
-    per_second = [count * 1e3 * SIDE_BY_SIDE / many_ms, count * 1e3 / one_ms]
-    what = f"decode {SIDE_BY_SIDE} sequences after 64 / one"
-    yield Figure(7, what, *per_second, "tokens/s", per_second[0] / per_second[1], "at least", 1.0, counts=False)
-    few_ms, many_ms = interleaved_ms(fewer, all_of_them, 7, 7)
-    per_second = [count * 1e3 * SIDE_BY_SIDE / each for each in (few_ms, many_ms)]
-    what = f"decode {SIDE_BY_SIDE} sequences after 64, half of the experts / all"
-    yield Figure(7, what, *per_second, "tokens/s", many_ms / few_ms, "at least", 1.0, counts=False)
+    open_model = rivals.grown_and_open(config)
+    open_alone, open_together = (rivals.decode(open_model, rows, count) for rows in (prompts[:1], prompts))
+    for what, ours, other, rows, at_least in (
+        (f"{SIDE_BY_SIDE} sequences / one", all_of_them, alone, (SIDE_BY_SIDE, 1), 1.0),
+        (f"{SIDE_BY_SIDE} sequences, half of the experts / all", fewer, all_of_them, (SIDE_BY_SIDE,) * 2, 1.0),
+        ("one sequence, a generation open / none", open_alone, alone, (1, 1), 0.5),
+        (f"{SIDE_BY_SIDE} sequences, a generation open / none", open_together, all_of_them, (SIDE_BY_SIDE,) * 2, 0.5),
+    ):
+        times_ms = interleaved_ms(ours, other, 7, 7)
+        here, there = (count * 1e3 * each / ms for each, ms in zip(rows, times_ms, strict=True))
+        name = f"decode after {PROMPT}, {what}"
+        yield Figure(7, name, here, there, "tokens/s", here / there, "at least", at_least, counts=False)
 
 
 def scaling() -> Iterator[Figure]:

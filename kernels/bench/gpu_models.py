@@ -122,15 +122,15 @@ def measure(config: ModelConfig, batch: int, micro_batches: int, ceiling: float)
                 gpu.median_ms(rivals.decode(model, ids[:1, :PROMPT], NEW), 3) / NEW
             )
     torch.cuda.reset_peak_memory_stats()
-    step = rivals.train_step(model, ids, ids.roll(-1, 1), micro_batches)
+    step, tflop = rivals.train_step(model, ids, ids.roll(-1, 1), micro_batches), 3 * flops_per_token(config) / 1e12
     ms = gpu.median_ms(step, 7)
-    row["train_ms"], row["train_tokens_per_s"] = ms, batch * LENGTH / ms * 1e3
     row["train_peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
-    row["train_TFLOP_per_s"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9
-    row["share_of_matmul_ceiling"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9 / ceiling
+    row["train_ms"], row["train_tokens_per_s"] = ms, batch * LENGTH / ms * 1e3
+    row["train_TFLOP_per_s"] = tflop * batch * LENGTH / ms * 1e3
+    row["share_of_matmul_ceiling"] = tflop * batch * LENGTH / ms * 1e3 / ceiling
     ms = gpu.recorded_ms(step, 7)
     row["train_recorded_ms"], row["train_recorded_tokens_per_s"] = ms, batch * LENGTH / ms * 1e3
-    row["recorded_share_of_matmul_ceiling"] = 3 * flops_per_token(config) * batch * LENGTH / ms / 1e9 / ceiling
+    row["recorded_share_of_matmul_ceiling"] = tflop * batch * LENGTH / ms * 1e3 / ceiling
     with torch.no_grad():
         ms = gpu.recorded_ms(lambda: model(ids[: batch // micro_batches]), 5)
     row["evaluate_recorded_tokens_per_s"] = batch // micro_batches * LENGTH / ms * 1e3

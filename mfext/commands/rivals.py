@@ -147,6 +147,14 @@ def with_experts(config: ModelConfig, num_experts: int) -> ModelConfig:
     return replace(config, attention_experts=num_experts, feedforward_experts=num_experts)
 
 
+def grown_and_open(config: ModelConfig) -> ModuleFormer:
+    """A model with one generation of the default growth, open on every token."""
+    model = ModuleFormer(config)
+    apply_plan(model, plan_growth(config, GrowthConfig(), "new"))
+    hold_gate_open(model)
+    return model
+
+
 def grown_and_closed(config: ModelConfig, num_generations: int) -> ModuleFormer:
     """A model with so many generations of NEW_EXPERTS, whose gates no text opens."""
     model = ModuleFormer(config)

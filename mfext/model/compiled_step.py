@@ -75,10 +75,10 @@ def _site(
     weights = None
     if isinstance(router, Router):
         weights = (router.hidden.weight, router.hidden.bias, router.output.weight)
-    return SiteTensors(None if norm is None else (norm.weight, norm.bias), weights, _pair(experts), num_chosen)
+    return SiteTensors(None if norm is None else (norm.weight, norm.bias), weights, _matrices(experts), num_chosen)
 
 
-def _pair(experts: AttentionExperts | FeedForwardExperts | None) -> tuple[Tensor, Tensor] | None:
+def _matrices(experts: AttentionExperts | FeedForwardExperts | None) -> tuple[Tensor, Tensor] | None:
     if experts is None:
         return None
     return (experts.query, experts.output) if isinstance(experts, AttentionExperts) else (experts.up, experts.down)

@@ -109,7 +109,7 @@ class ContinualModuleFormer(lightning.LightningModule):
         else:
             bos_id = self.model.config.bos_id
             first = growth.mode == "gated" and growth.gate.learns == "before"
-            model = growable(self.model)
+            model, growth = growable(self.model), replace(growth, gate=replace(growth.gate, probe="self"))
             probes = self_probes(model, growth.gate.probe_sequences, growth.gate.probe_length, seed) if first else None
             grow(model, plan, growth, Windows(text, document_starts(text, bos_id)), probes, seed)
         self.choose(Grow())
@@ -121,7 +121,7 @@ class ContinualModuleFormer(lightning.LightningModule):
         `text` is as in `grow`. It is told apart from samples of what was before; samples of the new
         experts count as new text. Raises InputError where there is no gate, or fewer than 8 windows.
         """
-        model, settings = growable(self.model).eval(), growth.gate
+        model, settings = growable(self.model).eval(), replace(growth.gate, probe="self")
         windows = Windows(text, document_starts(text, model.config.bos_id))
         size = settings.probe_sequences, settings.probe_length
         require_gate(model)

@@ -176,7 +176,9 @@ def test_several_stacks_and_a_second_run_give_the_bits_of_one() -> None:
     assert torch.equal(one[3], torch.cat(many[3:6])) and torch.equal(one[4], torch.cat(many[6:]))
 
 
-def test_no_tokens_at_all_give_empty_rows_and_zero_gradients() -> None:
+@pytest.mark.parametrize("library", [False, True])
+def test_no_tokens_at_all_give_empty_rows_and_zero_gradients(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_library_sums", lambda weight: library)
     dispatch = make_dispatch(torch.empty(0, 2, dtype=torch.long), 4)
     for name in OPS:
         out, *grads = forward_and_gradients(op_of(name, 1, dispatch, "triton"), inputs_of(name, dispatch, (4,)))

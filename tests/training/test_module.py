@@ -183,6 +183,19 @@ def test_growing_with_text_teaches_the_gate_where_to_open() -> None:
         tiny_module().teach_gate(after, text)
 
 
+def test_its_gates_are_calibrated_as_on_samples_whatever_probe_the_settings_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probes: list[str] = []
+    monkeypatch.setattr("mfext.training.module.train_gate", lambda *given: probes.append(given[3].probe))
+    monkeypatch.setattr("mfext.training.module.grow", lambda *given: probes.append(given[2].gate.probe))
+    growth = replace(GROWTH, gate=GateTraining(probe="reservoir", probe_sequences=8, probe_length=8))
+    text, module = torch.full((8, 24), 7), tiny_module(grown=True)
+    module.grow(growth, "sevens", text)
+    module.teach_gate(growth, text)
+    assert probes == ["self", "self"]
+
+
 def test_moments_of_what_still_trains_survive_a_growth_by_name() -> None:
     module = tiny_module()
     trainer(max_steps=2).fit(module, loader(2))

@@ -3,8 +3,8 @@
 A decoding step in torch is bound by its calls: 63 operations a layer took 1.9 of 3 ms. Here a step is one call: C
 compiled at first use with the system's compiler, float32 on the CPU. Sequences that chose the same expert pass it
 together, so its weights are read once a step; generations behind gates add theirs on the rows they are open on. It
-reads weights where they lie, so a weight changed in place is seen.
-Where it cannot be built the caller takes its torch path; `explain()` says why.
+reads weights where they lie, so a weight changed in place is seen. Where it cannot be built the caller takes its torch
+path; `explain()` says why.
 
 Equations as in the other ops: stick-breaking attention over the cache, expert queries and outputs, feed-forward experts
 with tanh-gelu, routers of kind mlp, all gates softmax probabilities over all experts.
@@ -216,15 +216,15 @@ def _change(change: Change | None) -> _Change:
     return _Change(change[0].data_ptr(), right, change[0].shape[1])
 
 
-def _pair(layer: LayerTensors | GrownTensors) -> ctypes.Array[_Site]:
+def _both_sites(layer: LayerTensors | GrownTensors) -> ctypes.Array[_Site]:
     return (_Site * 2)(_site(layer.attention), _site(layer.feedforward))
 
 
 def _layer(layer: LayerTensors) -> _Layer:
     grown = (_Grown * len(layer.grown))(
-        *(_Grown(_pair(each), (_Change * 2)(_change(each.key), _change(each.value))) for each in layer.grown)
+        *(_Grown(_both_sites(each), (_Change * 2)(_change(each.key), _change(each.value))) for each in layer.grown)
     )
     weights = [tensor.data_ptr() for tensor in layer.projections] if layer.projections else [None] * 4
     pair = ctypes.c_void_p * 2
     cache = pair(layer.keys_values[0].data_ptr(), layer.keys_values[1].data_ptr())
-    return _Layer(_pair(layer), pair(*weights[::2]), pair(*weights[1::2]), cache, grown)
+    return _Layer(_both_sites(layer), pair(*weights[::2]), pair(*weights[1::2]), cache, grown)

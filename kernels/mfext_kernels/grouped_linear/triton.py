@@ -242,7 +242,7 @@ def _grad_weights(
     dispatch: Dispatch,
 ) -> list[Tensor | None]:
     """dW of every stack that needs it: the sum over an expert's rows of left^T right."""
-    if list(needed) == [True] and _library_sums(weights[0]):
+    if list(needed) == [True] and left.rows.numel() and _library_sums(weights[0]):
         left_RX, right_RY = (
             side.rows.index_select(0, dispatch.tokens_R) if side.gathered else side.rows for side in (left, right)
         )
