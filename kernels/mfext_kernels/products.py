@@ -1,7 +1,7 @@
-"""Dense matrix products of float32 on the CPU by oneDNN, where MKL is slow: on processors that are not Intel's.
+"""Dense matrix products of float32 on the CPU by oneDNN, where MKL is slow: with AVX-512 on processors not Intel's.
 
 torch multiplies by MKL, which takes its AVX-512 code on Intel processors alone; oneDNN, in torch too, takes it on all.
-The choice hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
+AMD's before Zen 5 multiply no faster with it than with AVX2, so MKL, which costs less a call, stays there. The choice hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
 
 oneDNN compiles code for every new number of rows, which takes as long as the product itself, and experts meet other
 numbers at every step. So rows go in calls of a multiple of 16, the last one with rows that lie before or behind its
@@ -30,6 +30,7 @@ STEP, BLOCK = 16, 64  # rows of a call are a multiple of one, and where nobody a
 AT_ONCE = 512  # rows multiplied before they are copied to where they belong: still in cache, and no large buffer
 FEWEST_ROWS = 64
 ALIGNED, MANY_OUTPUTS = 64, 1024  # on a GPU
+ZEN_5 = 26  # AMD's family number; 25 takes two steps for a vector of AVX-512
 SMALLEST = 1 << 14  # multiplications a row; a call of oneDNN costs 7 us more than one of MKL
 
 
@@ -48,9 +49,11 @@ def choice() -> Choice:
         return Choice(False, "torch's own, oneDNN switched off by MFEXT_ONEDNN=0")
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return Choice(False, "torch's own, which is not MKL")
-    vendor, capability = _vendor(), torch.backends.cpu.get_cpu_capability()
+    (vendor, family), capability = _processor(), torch.backends.cpu.get_cpu_capability()
     if vendor in (None, "GenuineIntel") or capability != "AVX512":
         return Choice(False, f"MKL ({vendor or 'unknown processor'}, {capability})")
+    if vendor == "AuthenticAMD" and family < ZEN_5:
+        return Choice(False, f"MKL ({vendor}, family {family}, multiplies no faster with AVX-512)")
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
         return Choice(False, f"MKL, slow on {vendor}: this torch has no oneDNN to call")
     return Choice(True, f"oneDNN (MKL is slow on {vendor})")
@@ -180,8 +183,10 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if plain else matrix.contiguous()
 
 
-def _vendor() -> str | None:
+def _processor() -> tuple[str | None, int]:
+    """Its vendor and family, as Linux tells them."""
     information = Path("/proc/cpuinfo")
     text = information.read_text() if information.is_file() else ""
-    found = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
-    return found.group(1) if found else None
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
+    family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.MULTILINE)
+    return vendor and vendor.group(1), int(family.group(1)) if family else 0

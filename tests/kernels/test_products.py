@@ -29,7 +29,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         pytest.skip("this torch has not both libraries")
     monkeypatch.delenv("MFEXT_ONEDNN", raising=False)
-    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(products, "_processor", lambda: ("AuthenticAMD", 26))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     choice.cache_clear()
     yield
@@ -184,17 +184,18 @@ def test_a_product_is_counted_as_its_floating_point_operations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "capability", "says"),
+    ("processor", "capability", "says"),
     [
-        ("GenuineIntel", "AVX512", "MKL (GenuineIntel, AVX512)"),
-        ("AuthenticAMD", "AVX2", "MKL (AuthenticAMD, AVX2)"),
-        (None, "AVX512", "MKL (unknown processor, AVX512)"),
+        (("GenuineIntel", 6), "AVX512", "MKL (GenuineIntel, AVX512)"),
+        (("AuthenticAMD", 26), "AVX2", "MKL (AuthenticAMD, AVX2)"),
+        (("AuthenticAMD", 25), "AVX512", "MKL (AuthenticAMD, family 25, multiplies no faster with AVX-512)"),
+        ((None, 0), "AVX512", "MKL (unknown processor, AVX512)"),
     ],
 )
 def test_where_mkl_is_fast_or_nothing_is_known_torch_multiplies(
-    vendor: str | None, capability: str, says: str, monkeypatch: pytest.MonkeyPatch
+    processor: tuple[str | None, int], capability: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(products, "_processor", lambda: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert products.explain() == says
     left, right = drawn(500, 256), drawn(256, 256, seed=1)

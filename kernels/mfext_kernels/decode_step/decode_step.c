@@ -15,6 +15,7 @@
 #define KEYS 16                   /* passed at a time, from the newest on */
 #define GREATEST_LOGIT 60.0f       /* exp(-60) of a stick is none of it */
 #define LEAST_STICK 1.17549435e-38f /* what is left weighs less than the smallest normal number */
+#define CALLED __attribute__((noinline)) static /* inlined into one another, innermost loops reload spilled pointers */
 
 typedef struct {
     const float *norm_weight, *norm_bias;                    /* (D); of a generation: what is added to them, or NULL */
@@ -65,7 +66,7 @@ static float dot(const float *a, const float *b, int n) {
 }
 
 /* y (rows, out) = x (rows, in) W^T + bias, W (out, in), four outputs at a time; `bias` may be NULL. */
-static void linear(float *y, const float *x, const float *w, const float *bias, int rows, int in, int out) {
+CALLED void linear(float *y, const float *x, const float *w, const float *bias, int rows, int in, int out) {
     int o = 0;
     for (; o + 4 <= out; o += 4, w += 4 * (size_t)in) {
         const float *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;
@@ -100,7 +101,7 @@ typedef struct {
 static float *pick(const Rows *rows, int i) { return rows->base + (size_t)rows->width * (rows->numbers ? rows->numbers[i] : i); }
 
 /* y[i] (out) += scales[i] * x[i] (in) W (in, out) for each of `count` rows, four rows of W at a time; scales NULL: 1. */
-static void add_products(Rows y, Rows x, const float *w, const float *scales, int count) {
+CALLED void add_products(Rows y, Rows x, const float *w, const float *scales, int count) {
     const int in = x.width, out = y.width;
     int row = 0;
     for (; row + 4 <= in; row += 4, w += 4 * (size_t)out) {
@@ -211,7 +212,7 @@ static void route(const Room *room, const Site *site, const Shape *shape, int ro
 }
 
 /* o (C) of one query over keys start..position, from the newest: o = sum a_j v_j, a_j = s_j * (stick left). */
-static void attend(float *o, const float *q, const float *keys, const float *values, int position, int start, int width) {
+CALLED void attend(float *o, const float *q, const float *keys, const float *values, int position, int start, int width) {
     const float scale = 1 / sqrtf((float)width);
     float taken[KEYS], kept[KEYS], stick = 1;
     for (int end = position + 1; end > start && !(stick < LEAST_STICK); end -= KEYS) {
