@@ -14,8 +14,12 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-std=c99", "-shared", "-fPIC")
 BUILD_WITHIN_S = 60
@@ -30,8 +34,8 @@ class Build:
 
 
 @functools.cache
-def build(source: Path) -> Build:
-    """Compile (once per source, compiler and processor) and load; never raises."""
+def build(source: Path, *flags: str) -> Build:
+    """Compile (once per source, flags, compiler and processor) and load; never raises."""
     if os.environ.get("MFEXT_NATIVE") == "0":
         return Build(None, "switched off by MFEXT_NATIVE=0")
     compiler = next(
@@ -40,12 +44,27 @@ def build(source: Path) -> Build:
     if compiler is None:
         return Build(None, "no C compiler (cc, gcc or clang)")
     try:
-        path = _folder() / f"{source.stem}-{_identity(source, compiler)}.so"
+        path = _folder() / f"{source.stem}-{_identity(source, compiler, flags)}.so"
         if not path.is_file():
-            _compile(source, compiler, path)
+            _compile(source, compiler, flags, path)
         return Build(ctypes.CDLL(str(path)), f"built with {Path(compiler).name}")
     except (OSError, subprocess.SubprocessError) as error:
         return Build(None, f"{Path(compiler).name} could not build it: {' '.join(str(error).split())[:200]}")
+
+
+def in_parts(count: int, run: Callable[[int, int], None]) -> None:
+    """run(first, last) over 0 .. count - 1, in as many parts as torch has threads, side by side."""
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        run(0, count)
+    else:
+        bounds = [count * each // threads for each in range(threads + 1)]
+        list(_pool(threads).map(run, bounds[:-1], bounds[1:]))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "mfext_kernels")
 
 
 def _folder() -> Path:
@@ -62,7 +81,7 @@ def _folder() -> Path:
     return folder
 
 
-def _identity(source: Path, compiler: str) -> str:
+def _identity(source: Path, compiler: str, flags: tuple[str, ...] = ()) -> str:
     """What the machine code depends on: source and its headers, compiler, flags, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_WITHIN_S).stdout
     processor = platform.machine() + platform.processor()
@@ -73,16 +92,16 @@ def _identity(source: Path, compiler: str) -> str:
         )
     headers = (source.parent / name for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE))
     code = b"\0".join(path.read_bytes() for path in (source, *headers))
-    parts = (code, version, " ".join(FLAGS).encode(), processor.encode())
+    parts = (code, version, " ".join(FLAGS + flags).encode(), processor.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def _compile(source: Path, compiler: str, path: Path) -> None:
+def _compile(source: Path, compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Into a temporary file, then renamed: processes that build at once do not meet half a library."""
     descriptor, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(descriptor)
     try:
-        command = [compiler, *FLAGS, str(source), "-o", temporary, "-lm"]
+        command = [compiler, *FLAGS, *flags, str(source), "-o", temporary, "-lm"]
         subprocess.run(command, capture_output=True, check=True, timeout=BUILD_WITHIN_S)
         os.replace(temporary, path)
     finally:

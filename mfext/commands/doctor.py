@@ -166,11 +166,11 @@ def _kernels(
         return []
     from mfext_kernels import decode_step, products
     from mfext_kernels.checks import self_check
-    from mfext_kernels.stickbreaking import compiled_sticks
+    from mfext_kernels.stickbreaking import compiled
 
     checks = self_check()
     machine["compiled_decode_step"] = decode_step.explain()
-    machine["compiled_attention"] = compiled_sticks.explain()
+    machine["compiled_attention"] = compiled.explain()
     machine["cpu_products"] = products.explain()
     problems += [f"wrong kernel: {check.detail}" for check in checks if not check.passed]
     return [asdict(check) for check in checks]

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mfext_kernels.stickbreaking import compiled
+
 # How many of the leading operands are not factors of the product.
 ADDENDS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addbmm": 1}
 ONEDNN = "mkldnn::_linear_pointwise"  # x @ weight^T, called by mfext_kernels.products
@@ -25,7 +27,7 @@ ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention")
 class Counted(TorchDispatchMode):
     """What ran inside `with Counted() as work`: multiplications and additions of matrix products count one each.
 
-    `bytes` adds up the memory of every fresh result, not of views and not of results written into what was there.
+    Compiled attention tells how many it did. `bytes` adds up the memory of every fresh result, not of views and not of results written into what was there.
     `shapes` holds the shape of every result.
     """
 
@@ -36,6 +38,26 @@ class Counted(TorchDispatchMode):
         self.onednn_calls = 0
         self.bytes = 0
         self.shapes: set[torch.Size] = set()
+
+    def __enter__(self) -> Counted:
+        self._compiled = compiled._function
+        compiled._function = self._counting
+        entered: Counted = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        compiled._function = self._compiled
+        super().__exit__(*error)
+
+    def _counting(self, name: str) -> Callable[..., int]:
+        function = self._compiled(name)
+
+        def call(*args: Any) -> int:
+            result = function(*args)
+            self.flops += 0 if name == "mfext_attention_room" else result
+            return result
+
+        return call
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -26,7 +26,7 @@ from mfext.training.methods.grow import Grow
 from mfext.training.optimizer_state import make_optimizer, optimizer_state_by_name
 from mfext_kernels.grouped_linear import expert_feedforward
 from mfext_kernels.routing import make_dispatch
-from mfext_kernels.stickbreaking import compiled_sticks
+from mfext_kernels.stickbreaking import compiled
 from tests.kernels.counting import Counted, counted, stored
 from tests.training.tiny_training import CONFIG, open_gate
 
@@ -219,8 +219,8 @@ def test_sixteen_times_the_experts_at_the_same_number_chosen_cost_a_forward_at_m
 
 def test_a_train_step_does_no_more_work_than_committed() -> None:
     """Raise the numbers in counted_work.json only with a reason; lower them where work was saved."""
-    if not compiled_sticks.available():
-        pytest.skip(f"counted where attention's compiled pass is: {compiled_sticks.explain()}")
+    if not compiled.available():
+        pytest.skip(f"counted where attention's compiled pass is: {compiled.explain()}")
     model = made()
     optimizer = make_optimizer(model, TrainingConfig())
 

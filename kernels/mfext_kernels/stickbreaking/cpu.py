@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from mfext_kernels.autograd import applied
-from mfext_kernels.stickbreaking import compiled_sticks
+from mfext_kernels.stickbreaking import compiled
 from mfext_kernels.stickbreaking.blocks import TILE, Block, Gradients, Operands, Plan
-from mfext_kernels.stickbreaking.compiled_sticks import CompiledSticks
 from mfext_kernels.stickbreaking.torch_sticks import TorchSticks
-
-Sticks = TorchSticks | CompiledSticks
 
 
 def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
-    """o_i = sum_j a_ij v_j, memory O(block * S)."""
+    """o_i = sum_j a_ij v_j, memory O(block * S); by compiled code where that applies."""
+    if compiled.applies(q_BTKHC):
+        return compiled.stickbreaking_attention(q_BTKHC, k_BSHC, v_BSHC, starts_BT)
     return applied(_Stickbreaking, q_BTKHC, k_BSHC, v_BSHC, starts_BT)
 
 
@@ -115,15 +114,10 @@ class _Stickbreaking(torch.autograd.Function):
         )
 
 
-def _sticks(like: Tensor, plan: Plan, num_keys: int, forward: bool) -> Sticks:
-    kind = CompiledSticks if compiled_sticks.applies(like, plan) else TorchSticks
-    return kind(plan, like, num_keys, forward)
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, list[Block]]:
     """Output rows, and the blocks of work with the number of keys each really met."""
     out = torch.zeros_like(q)
-    sticks = _sticks(q, plan, min(TILE, plan.num_keys), forward=True)
+    sticks = TorchSticks(plan, q, min(TILE, plan.num_keys))
     done = []
     for block in plan.blocks():
         left, first = None, 0
@@ -144,7 +138,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = folded
     grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    sticks = _sticks(q, plan, max((block.num_keys for block in blocks), default=0), forward=False)
+    sticks = TorchSticks(plan, q, max((block.num_keys for block in blocks), default=0))
     for whole in blocks:
         step = plan.pairs_at_once(whole.last - whole.first, whole.num_keys)
         for pair in range(whole.pair, whole.pair_end, step):

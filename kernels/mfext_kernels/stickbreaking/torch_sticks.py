@@ -11,7 +11,7 @@ from mfext_kernels.stickbreaking.blocks import Block, Gradients, Operands, Plan
 class TorchSticks:
     """Breaks the sticks of one call's blocks. The equations are in cpu.py."""
 
-    def __init__(self, plan: Plan, like: Tensor, num_keys: int, forward: bool) -> None:
+    def __init__(self, plan: Plan, like: Tensor, num_keys: int) -> None:
         self._plan, self._buffers = plan, plan.scratch(like, num_keys, 3)
         self._ahead_of: dict[int, Tensor] = {}
 

@@ -1,22 +1,22 @@
-"""The compiled pass over sticks beside torch's, which takes its place where there is no compiler."""
+"""Compiled attention beside torch's, which takes its place where there is no compiler."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from mfext_kernels.stickbreaking import compiled_sticks, stickbreaking_attention
-from mfext_kernels.stickbreaking.blocks import Plan
+from mfext_kernels.stickbreaking import compiled, stickbreaking_attention
 from tests.kernels.comparison import forward_and_gradients
-from tests.kernels.test_stickbreaking import compare, packed_starts, queries_keys_values, small_blocks
+from tests.kernels.test_stickbreaking import compare, packed_starts, queries_keys_values
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compile
 
 @pytest.fixture
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_sticks, "applies", lambda queries, plan: False)
+    monkeypatch.setattr(compiled, "applies", lambda queries: False)
 
 
 @pytest.fixture
@@ -37,39 +37,68 @@ def two_threads() -> Iterator[None]:
 
 
 def test_it_is_built_where_there_is_a_compiler() -> None:
-    assert compiled_sticks.available(), compiled_sticks.explain()
+    assert compiled.available(), compiled.explain()
 
 
 @pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize("length", [1, 65, 300])
-def test_the_torch_pass_agrees_in_single_precision_too(length: int) -> None:
+def test_torch_agrees_in_single_precision_too(length: int) -> None:
     inputs = queries_keys_values(2, length, length + 7, torch.float32)
     compare(inputs, None)
     compare(inputs, packed_starts(2, length))
 
 
+@pytest.fixture
+def built_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Builds it anew with more flags."""
+
+    def build_anew(*flags: str) -> None:
+        monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
+        compiled._function.cache_clear()
+        assert compiled.available(), compiled.explain()
+
+    yield build_anew
+    compiled._function.cache_clear()
+
+
 @pytest.mark.parametrize("starts", [None, torch.tensor([[0] * 3 + [6] * 2, [3] * 5])])
-def test_it_agrees_over_many_small_blocks_and_tiles(starts: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_blocks(monkeypatch)
-    monkeypatch.setattr(compiled_sticks, "QUERIES", 2)
+def test_it_agrees_over_many_XX_and_tiles(starts: Tensor | None, built_with: Callable[..., None]) -> None:
+    built_with("-DQUERIES=2", "-DKEYS=3")
     compare(queries_keys_values(2, 5, 8, torch.float32), starts)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86 processors")
+@pytest.mark.parametrize("without", [["-mno-avx512f"], ["-mno-avx512f", "-mno-avx"], ["-ffp-contract=off"]])
+def test_narrower_vectors_agree(without: list[str], built_with: Callable[..., None]) -> None:
+    built_with(*without)
+    compare(queries_keys_values(2, 130, 140, torch.float32), packed_starts(2, 130))
+
+
+@pytest.mark.parametrize("width", [1, 16, 20, 64, 300])
+def test_any_width_of_heads_agrees(width: int) -> None:
+    q, k, v = (torch.randn(2, 70, *shape, width) for shape in ((2, 3), (3,), (3,)))
+    compare((q, k, v), None)
 
 
 @pytest.mark.parametrize("chosen", [1, 3, 8, 9])
 def test_any_number_of_chosen_experts_agrees(chosen: int) -> None:
-    """Nine make blocks of more rows than the compiled pass holds: torch's takes them."""
+    """Nine make blocks of more rows than it holds: torch takes them."""
     q, k, v = queries_keys_values(1, 70, 70, torch.float32)
     compare((torch.randn(1, 70, chosen, *q.shape[3:]), k, v), None)
 
 
 def test_what_lies_in_fresh_memory_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = Plan.scratch
-
-    def poisoned(plan: Plan, like: Tensor, num_keys: int, count: int) -> list[Tensor]:
-        return [buffer.fill_(float("nan")) for buffer in clean(plan, like, num_keys, count)]
-
-    monkeypatch.setattr(Plan, "scratch", poisoned)
+    monkeypatch.setattr(compiled, "_room", lambda numbers: torch.full((numbers,), torch.nan))
+    clean = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **named: clean(*given, **named).fill_(torch.nan))
     compare(queries_keys_values(2, 130, 140, torch.float32), packed_starts(2, 130))
+
+
+def test_nothing_to_attend_is_no_fault() -> None:
+    for shape in ((0, 3, 2, 2, 4), (2, 0, 2, 2, 4)):
+        q = torch.randn(shape)
+        keys = torch.randn(shape[0], 5, *shape[3:])
+        compare((q, keys, keys.clone()), None)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -91,9 +120,9 @@ def test_not_a_number_in_a_query_reaches_its_own_output_alone() -> None:
 
 def test_without_it_the_numbers_are_the_same_but_for_rounding() -> None:
     code = (
-        "import torch; from mfext_kernels.stickbreaking import compiled_sticks, stickbreaking_attention as attend\n"
+        "import torch; from mfext_kernels.stickbreaking import compiled, stickbreaking_attention as attend\n"
         "torch.manual_seed(0); q, k, v = (torch.randn(1, 90, *shape, 8) for shape in ((2, 2), (2,), (2,)))\n"
-        "print(compiled_sticks.available(), attend(q, k, v).double().norm().item())"
+        "print(compiled.available(), attend(q, k, v).double().norm().item())"
     )
     printed = []
     for changes in ({}, {"MFEXT_NATIVE": "0"}):
