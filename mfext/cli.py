@@ -27,6 +27,7 @@ from mfext.completion import completion_script
 from mfext.config import Recipe
 from mfext.conversion import did_you_mean, from_mapping, to_mapping
 from mfext.errors import InputError, InterruptedRun, MfextError
+from mfext.memory import keep_freed_memory
 from mfext.verbs import VERBS, Flag, Verb, find_verb, help_text, verb_help
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     boundary = _Boundary(debug="--debug" in words)
     with boundary, _terminable():
+        keep_freed_memory()
         _dispatch(words)
     return boundary.code
 

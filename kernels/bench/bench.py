@@ -25,6 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from mfext.commands import rivals  # noqa: E402
 from mfext.commands.footprint import PROMPT, SIDE_BY_SIDE  # noqa: E402
+from mfext.memory import keep_freed_memory  # noqa: E402
 from mfext.metrics.speed import Figure, Run, interleaved_ms, peak_kb  # noqa: E402
 from mfext.model.build import new_model  # noqa: E402
 from mfext.model.language_model import LanguageModel  # noqa: E402
@@ -240,6 +241,7 @@ def main() -> int:
     parser.add_argument("--peak-of", choices=["ours", "published"], help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=512, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as every verb does
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if arguments.peak_of:

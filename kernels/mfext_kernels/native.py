@@ -1,6 +1,6 @@
 """Builds an op's C source with the system's compiler at first use, and keeps the result beside other caches.
 
-Optional: where there is no compiler, or MFEXT_NATIVE=0, `build(source).loaded` is None and `.reason` says why.
+Optional: where there is no compiler, or MFEXT_NATIVE=0, a Source is not available and `explain()` says why.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-std=c99", "-shared", "-fPIC")
+CONTRACTED = "-ffp-contract=fast"  # a multiplication and an addition in one rounding, where the processor has it
 BUILD_WITHIN_S = 60
 
 
@@ -31,6 +32,35 @@ class Build:
 
     loaded: ctypes.CDLL | None
     reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """An op's C file, and the flags it wants beside FLAGS."""
+
+    path: Path
+    flags: tuple[str, ...] = ()
+
+    def available(self) -> bool:
+        """Whether it can be used here."""
+        return build(self.path, *self.flags).loaded is not None
+
+    def explain(self) -> str:
+        """What it was built with, or why it was not."""
+        return build(self.path, *self.flags).reason
+
+    def function(self, name: str, arguments: tuple[type, ...], result: type | None = None) -> Callable[..., int]:
+        """One of its functions; ask `available()` first."""
+        return _function(self, name, arguments, result)
+
+
+@functools.cache
+def _function(source: Source, name: str, arguments: tuple[type, ...], result: type | None) -> Callable[..., int]:
+    library = build(source.path, *source.flags).loaded
+    assert library is not None, "ask available() first"
+    function = library[name]
+    function.argtypes, function.restype = arguments, result
+    return function
 
 
 @functools.cache
@@ -52,9 +82,9 @@ def build(source: Path, *flags: str) -> Build:
         return Build(None, f"{Path(compiler).name} could not build it: {' '.join(str(error).split())[:200]}")
 
 
-def in_parts(count: int, run: Callable[[int, int], None]) -> None:
-    """run(first, last) over 0 .. count - 1, in as many parts as torch has threads, side by side."""
-    threads = min(torch.get_num_threads(), count)
+def in_parts(count: int, run: Callable[[int, int], None], most: int | None = None) -> None:
+    """run(first, last) over 0 .. count - 1, side by side in as many parts as torch has threads, or at most so many."""
+    threads = min(torch.get_num_threads(), count if most is None else min(most, count))
     if threads <= 1:
         run(0, count)
     else:

@@ -1,7 +1,8 @@
 """Dense matrix products of float32 on the CPU by oneDNN, where MKL is slow: with AVX-512 on processors not Intel's.
 
 torch multiplies by MKL, which takes its AVX-512 code on Intel processors alone; oneDNN, in torch too, takes it on all.
-AMD's before Zen 5 multiply no faster with it than with AVX2, so MKL, which costs less a call, stays there. The choice hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
+AMD's before Zen 5 multiply no faster with it than with AVX2, so MKL, which costs less a call, stays there. The choice
+hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
 
 oneDNN compiles code for every new number of rows, which takes as long as the product itself, and experts meet other
 numbers at every step. So rows go in calls of a multiple of 16, the last one with rows that lie before or behind its

@@ -25,9 +25,10 @@ ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention")
 
 
 class Counted(TorchDispatchMode):
-    """What ran inside `with Counted() as work`: multiplications and additions of matrix products count one each.
+    """What ran inside `with Counted() as work`: multiplications and additions of matrix products count one each, those
+    of compiled attention, which tells them, too.
 
-    Compiled attention tells how many it did. `bytes` adds up the memory of every fresh result, not of views and not of results written into what was there.
+    `bytes` adds up the memory of every fresh result, not of views and not of results written into what was there.
     `shapes` holds the shape of every result.
     """
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,20 +50,19 @@ def test_torch_agrees_in_single_precision_too(length: int) -> None:
 
 
 @pytest.fixture
-def built_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def built_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Builds it anew with more flags."""
 
     def build_anew(*flags: str) -> None:
-        monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
-        compiled._function.cache_clear()
-        assert compiled.available(), compiled.explain()
+        source = replace(compiled.SOURCE, flags=(*compiled.SOURCE.flags, *flags))
+        monkeypatch.setattr(compiled, "SOURCE", source)
+        assert source.available(), source.explain()
 
-    yield build_anew
-    compiled._function.cache_clear()
+    return build_anew
 
 
 @pytest.mark.parametrize("starts", [None, torch.tensor([[0] * 3 + [6] * 2, [3] * 5])])
-def test_it_agrees_over_many_XX_and_tiles(starts: Tensor | None, built_with: Callable[..., None]) -> None:
+def test_it_agrees_over_many_small_blocks_and_tiles(starts: Tensor | None, built_with: Callable[..., None]) -> None:
     built_with("-DQUERIES=2", "-DKEYS=3")
     compare(queries_keys_values(2, 5, 8, torch.float32), starts)
 

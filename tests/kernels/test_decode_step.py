@@ -155,7 +155,7 @@ def test_it_steps_aside_where_it_cannot_be_built(changes: dict[str, str], reason
 def test_builds_at_the_same_time_leave_one_whole_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
     with ThreadPoolExecutor(3) as pool:
-        built = list(pool.map(lambda _: native.build.__wrapped__(SOURCE), range(3)))
+        built = list(pool.map(lambda _: native.build.__wrapped__(SOURCE.path), range(3)))
     assert all(each.loaded is not None for each in built)
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
 
@@ -173,7 +173,7 @@ def test_a_folder_others_can_write_is_not_trusted(tmp_path: Path, monkeypatch: p
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels").chmod(0o777)
     monkeypatch.setenv("MFEXT_CACHE", str(tmp_path))
-    built = native.build.__wrapped__(SOURCE)
+    built = native.build.__wrapped__(SOURCE.path)
     assert built.loaded is None and "written by others" in built.reason
 
 

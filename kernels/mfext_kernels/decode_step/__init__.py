@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfext_kernels.native import build
+from mfext_kernels.native import Source
 
-SOURCE = Path(__file__).with_name("decode_step.c")
+SOURCE = Source(Path(__file__).with_name("decode_step.c"))
+available, explain = SOURCE.available, SOURCE.explain
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,6 @@ class _Step(ctypes.Structure):
     )
 
 
-def available() -> bool:
-    """Whether the compiled step can be used here."""
-    return build(SOURCE).loaded is not None
-
-
-def explain() -> str:
-    """What it was built with, or why it was not."""
-    return build(SOURCE).reason
-
-
 class DecodeStep:
     """The step of one model with one cache, on the weights the model had when it was made.
 
@@ -133,8 +124,6 @@ class DecodeStep:
     """
 
     def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
-        library = build(SOURCE).loaded
-        assert library is not None, "ask available() first"
         first = layers[0]
         _, rows, heads, capacity, width = first.keys_values.shape
         sites = [site for layer in layers for site in _sites(layer)]
@@ -151,9 +140,7 @@ class DecodeStep:
         )
         self._scratch = torch.empty(rows * (d_model + 2 * widest + d_router + experts + 2 * most))
         self._numbers = torch.empty(2 * rows * most + experts + 1, dtype=torch.int32)
-        self._function = library.mfext_decode_step
-        self._function.restype = None
-        self._function.argtypes = (ctypes.c_void_p,) * 6
+        self._function = SOURCE.function("mfext_decode_step", (ctypes.c_void_p,) * 6)
         self._fixed = (ctypes.addressof(self._layers), ctypes.addressof(self._shape))
 
     def __call__(

@@ -1,14 +1,13 @@
 """Stick-breaking attention in compiled code, products included: attention.c, computed in float32 on the CPU.
 
-Not used where there is no compiler (native.py), for numbers wider than float32, or for more chosen experts than a block of
-attention.c holds.
+Not used where there is no compiler (native.py), for numbers wider than float32, or for more chosen experts than a block
+of attention.c holds.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mfext_kernels.autograd import applied
-from mfext_kernels.native import Build, build, in_parts
+from mfext_kernels.native import CONTRACTED, Source, in_parts
 
-SOURCE = Path(__file__).with_name("attention.c")
-FLAGS = ("-ffp-contract=fast",)
+SOURCE = Source(Path(__file__).with_name("attention.c"), (CONTRACTED,))
+available, explain = SOURCE.available, SOURCE.explain
 MOST_CHOSEN = 8
 ARGUMENTS = {"mfext_attention_room": (1, 1), "mfext_attend": (7, 2), "mfext_differentiate": (10, 2)}
 
@@ -33,17 +32,7 @@ def applies(q_BTKHC: Tensor) -> bool:
     """Whether such queries go this way."""
     chosen, heads, width = q_BTKHC.shape[2:]
     narrow = q_BTKHC.dtype in (torch.float32, torch.bfloat16, torch.float16) and q_BTKHC.device.type == "cpu"
-    return narrow and 0 < chosen <= MOST_CHOSEN and heads * width > 0 and available()
-
-
-def available() -> bool:
-    """Whether it can be built here."""
-    return _built().loaded is not None
-
-
-def explain() -> str:
-    """What it was built with, or why it was not."""
-    return _built().reason
+    return narrow and 0 < chosen <= MOST_CHOSEN and heads * width > 0 and SOURCE.available()
 
 
 def stickbreaking_attention(q_BTKHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts_BT: Tensor | None) -> Tensor:
@@ -94,15 +83,7 @@ def _room(numbers: int) -> Tensor:
     return torch.empty(numbers, dtype=torch.float32)
 
 
-def _built() -> Build:
-    return build(SOURCE, *FLAGS)
-
-
-@cache
 def _function(name: str) -> Callable[..., int]:
-    library = _built().loaded
-    assert library is not None, "ask available() first"
-    function = library[name]
     pointers, numbers = ARGUMENTS[name]
-    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p] * pointers + [ctypes.c_int32] * numbers
-    return function
+    arguments = (ctypes.c_void_p,) * pointers + (ctypes.c_int32,) * numbers
+    return SOURCE.function(name, arguments, ctypes.c_int64)
