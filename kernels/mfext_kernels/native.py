@@ -53,6 +53,10 @@ class Source:
         """One of its functions; ask `available()` first."""
         return _function(self, name, arguments, result)
 
+    def operations(self, name: str, arguments: tuple[type, ...]) -> Callable[..., int]:
+        """One of its functions that returns how many floating-point operations its products took."""
+        return _function(self, name, arguments, ctypes.c_int64)
+
 
 @functools.cache
 def _function(source: Source, name: str, arguments: tuple[type, ...], result: type | None) -> Callable[..., int]:

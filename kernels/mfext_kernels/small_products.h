@@ -1,7 +1,8 @@
 /* Products of matrices small enough to lie in cache, in registers: out (M, N) = or += a (M, P) b (P, N).
  *
- * Rows of b and out are contiguous, so N is walked in vectors and must be a multiple of LANES; a is read number by number,
- * with any strides. Built with contracted multiplications and additions, where the processor has them. */
+ * Rows of b and out are contiguous and walked in vectors; a is read number by number, wherever its rows lie. A number of
+ * out is summed in the order of P, whatever M and N are. Built with contracted multiplications and additions, where the
+ * processor has them. */
 #include <stdint.h>
 
 #if defined(__AVX512F__)
@@ -18,23 +19,27 @@
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
-/* `rows` of out by `columns` vectors, all of them in registers; both are constants where it is inlined. */
-static inline __attribute__((always_inline)) void
-registers(const int rows, const int columns, float *out, int out_row, const float *a, int a_row, int a_column, const float *b,
-          int b_row, int inner, int add) {
+/* `rows` (at most ROWS) of out by `columns` (at most COLUMNS) vectors, all of them in registers; both are constants where
+ * it is inlined. Number p of row m of a lies at row[m][p * along], or where `steps` is given at row[m][steps[p] * along]. */
+static inline __attribute__((always_inline)) void meet(const int rows, const int columns, float *out, int64_t out_row,
+                                                       const float *const *row, const int64_t *steps, int64_t along,
+                                                       const float *b, int64_t b_row, int64_t inner, int add) {
     Vector sums[ROWS][COLUMNS];
+    const float *a[ROWS];
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; m++)
+    for (int m = 0; m < rows; m++) {
+        a[m] = row[m];
 #pragma GCC unroll 2
-        for (int n = 0; n < columns; n++)
-            sums[m][n] = add ? *(const Vector *)(out + (int64_t)m * out_row + n * LANES) : (Vector){0};
-    for (int p = 0; p < inner; p++, a += a_column, b += b_row) {
+        for (int n = 0; n < columns; n++) sums[m][n] = add ? *(const Vector *)(out + m * out_row + n * LANES) : (Vector){0};
+    }
+    for (int64_t p = 0; p < inner; p++, b += b_row) {
+        const int64_t at = (steps ? steps[p] : p) * along;
         Vector right[COLUMNS];
 #pragma GCC unroll 2
         for (int n = 0; n < columns; n++) right[n] = *(const Vector *)(b + n * LANES);
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
-            const float left = a[(int64_t)m * a_row];
+            const float left = a[m][at];
 #pragma GCC unroll 2
             for (int n = 0; n < columns; n++) sums[m][n] += left * right[n];
         }
@@ -42,24 +47,5 @@ registers(const int rows, const int columns, float *out, int out_row, const floa
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 2
-        for (int n = 0; n < columns; n++) *(Vector *)(out + (int64_t)m * out_row + n * LANES) = sums[m][n];
-}
-
-/* One strip of COLUMNS vectors (or one) of all rows of out. */
-#define STRIP(columns)                                                                                                 \
-    {                                                                                                                  \
-        int m = 0;                                                                                                     \
-        for (; m + ROWS <= rows; m += ROWS)                                                                            \
-            registers(ROWS, columns, out + (int64_t)m * out_row + n, out_row, a + (int64_t)m * a_row, a_row, a_column, \
-                      b + n, b_row, inner, add);                                                                       \
-        for (; m < rows; m++)                                                                                          \
-            registers(1, columns, out + (int64_t)m * out_row + n, out_row, a + (int64_t)m * a_row, a_row, a_column,    \
-                      b + n, b_row, inner, add);                                                                       \
-    }
-
-static void multiply(float *out, int out_row, const float *a, int a_row, int a_column, const float *b, int b_row, int rows,
-                     int columns, int inner, int add) {
-    int n = 0;
-    for (; n + COLUMNS * LANES <= columns; n += COLUMNS * LANES) STRIP(COLUMNS)
-    for (; n < columns; n += LANES) STRIP(1)
+        for (int n = 0; n < columns; n++) *(Vector *)(out + m * out_row + n * LANES) = sums[m][n];
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mfext_kernels.stickbreaking import compiled
+from mfext_kernels.native import Source
 
 # How many of the leading operands are not factors of the product.
 ADDENDS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addbmm": 1}
@@ -26,7 +26,7 @@ ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention")
 
 class Counted(TorchDispatchMode):
     """What ran inside `with Counted() as work`: multiplications and additions of matrix products count one each, those
-    of compiled attention, which tells them, too.
+    of compiled code, which tells them, too.
 
     `bytes` adds up the memory of every fresh result, not of views and not of results written into what was there.
     `shapes` holds the shape of every result.
@@ -41,24 +41,28 @@ class Counted(TorchDispatchMode):
         self.shapes: set[torch.Size] = set()
 
     def __enter__(self) -> Counted:
-        self._compiled = compiled._function
-        compiled._function = self._counting
+        self._operations = Source.operations
+        Source.operations = self._counting  # type: ignore[method-assign]
         entered: Counted = super().__enter__()
         return entered
 
     def __exit__(self, *error: Any) -> None:
-        compiled._function = self._compiled
+        Source.operations = self._operations  # type: ignore[method-assign]
         super().__exit__(*error)
 
-    def _counting(self, name: str) -> Callable[..., int]:
-        function = self._compiled(name)
+    @property
+    def _counting(self) -> Callable[..., Callable[..., int]]:
+        def operations(source: Source, name: str, arguments: tuple[type, ...]) -> Callable[..., int]:
+            function = self._operations(source, name, arguments)
 
-        def call(*args: Any) -> int:
-            result = function(*args)
-            self.flops += 0 if name == "mfext_attention_room" else result
-            return result
+            def call(*args: Any) -> int:
+                done = function(*args)
+                self.flops += done
+                return done
 
-        return call
+            return call
+
+        return operations
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

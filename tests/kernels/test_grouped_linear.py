@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfext_kernels.grouped_linear import (
+    cpu,
     expert_feedforward,
     gather_linear,
-    gelu,
     order_rows,
     scatter_linear,
     sort_rows,
@@ -183,46 +183,17 @@ def test_several_stacks_give_the_bits_of_one() -> None:
     assert torch.equal(one, many)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gelu_and_its_part_in_backward_are_those_of_torch(
-    dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setattr(gelu, "_compiled", lambda rows: False)
-    reached = torch.cat([torch.linspace(-30, 30, 4001, dtype=dtype), torch.tensor([0.0, -1e4, 1e4], dtype=dtype)])
-    hidden, grads, gates = reached.view(4, 1001), torch.randn(4, 1001, dtype=dtype), torch.rand(4, dtype=dtype)
-    exact, exact_gates = (each.double().clone().requires_grad_() for each in (hidden, gates))
-    active = F.gelu(exact, approximate="tanh")
-    gated = exact_gates.unsqueeze(1) * active
-    gated.backward(grads.double())
-    within = {"rtol": relative_tolerance(dtype), "atol": relative_tolerance(dtype)}
-    torch.testing.assert_close(gelu.gelu(hidden).double(), active.detach(), **within)
-    for through in (True, False):
-        for wanted in (True, False):
-            there, of_gates = grads.clone(), torch.full((4,), torch.nan, dtype=dtype)
-            made = gelu.gelu_backward(hidden, there, gates, of_gates, wanted, through)
-            assert_same([of_gates], [exact_gates.grad], relative_tolerance(dtype))
-            assert (made is not None) == wanted
-            if made is not None:
-                torch.testing.assert_close(made.double(), gated.detach(), **within)
-            expected = exact.grad if through else grads.double()
-            torch.testing.assert_close(there.double(), expected, **within)
-
-
-def test_compiled_gelu_shares_rows_among_threads_without_changing_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, grads, gates = torch.randn(300, 40), torch.randn(300, 40), torch.rand(300)
-
-    def results() -> list[Tensor]:
-        there, of_gates = grads.clone(), torch.empty(300)
-        made = gelu.gelu_backward(hidden, there, gates, of_gates, True, True)
-        assert made is not None
-        return [gelu.gelu(hidden), there, of_gates, made]
-
-    alone = results()
-    monkeypatch.setattr(gelu, "WORTH_A_THREAD", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert all(torch.equal(one, other) for one, other in zip(alone, results(), strict=True))
+def test_gelu_through_sigmoid_is_torch_tanh_gelu_and_its_derivative() -> None:
+    for dtype in (torch.float64, torch.float32):
+        x = torch.cat([torch.linspace(-30, 30, 4001, dtype=dtype), torch.tensor([0.0, -1e4, 1e4], dtype=dtype)])
+        active, slope = cpu.gelu_with_slope(x, slope=True)
+        exact = x.double().requires_grad_()
+        expected = F.gelu(exact, approximate="tanh")
+        expected.sum().backward()
+        assert slope is not None
+        tolerance = relative_tolerance(dtype)
+        torch.testing.assert_close(active.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(slope.double(), exact.grad, rtol=tolerance, atol=tolerance)
 
 
 def test_no_tokens_at_all_give_empty_rows_and_zero_gradients() -> None:

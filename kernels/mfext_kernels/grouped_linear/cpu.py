@@ -7,26 +7,31 @@ Each Function asks `needs_input_grad` per stack, so a frozen stack costs neither
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mfext_kernels.autograd import applied
-from mfext_kernels.grouped_linear.gelu import gelu, gelu_backward
+from mfext_kernels.grouped_linear import compiled
+from mfext_kernels.grouped_linear.chosen import by_token, sorted_gates, sum_chosen
 from mfext_kernels.products import full_calls, product, product_over_rows
 from mfext_kernels.routing import Dispatch
 
 
 def gather_linear(x_ND: Tensor, weights: Sequence[Tensor], dispatch: Dispatch) -> Tensor:
     """rows[r] = x[token of r] @ W[expert of r]."""
+    if compiled.applies(x_ND, *weights):
+        return compiled.gather_linear(x_ND, weights, dispatch)
     return applied(_GatherLinear, x_ND, dispatch, *weights)
 
 
 def scatter_linear(rows_RF: Tensor, weights: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
     """y[n] = sum_k gate[n, k] * rows[(n, k)] @ W[expert of (n, k)]."""
+    if compiled.applies(rows_RF, gates_NK, *weights):
+        return compiled.scatter_linear(rows_RF, weights, gates_NK, dispatch)
     return applied(_ScatterLinear, rows_RF, gates_NK, dispatch, *weights)
 
 
@@ -34,6 +39,8 @@ def expert_feedforward(
     x_ND: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], gates_NK: Tensor, dispatch: Dispatch
 ) -> Tensor:
     """y[n] = sum_k gate[n, k] * gelu_tanh(x[n] @ U) @ V."""
+    if compiled.applies(x_ND, gates_NK, *up, *down):
+        return compiled.expert_feedforward(x_ND, up, down, gates_NK, dispatch)
     if not _needs_gradient(x_ND, gates_NK, *up, *down):
         return _feed_forward((x_ND, gates_NK), up, down, dispatch, None)
     return applied(_ExpertFeedforward, x_ND, gates_NK, dispatch, len(up), *up, *down)
@@ -102,7 +109,7 @@ class _GatherLinear(torch.autograd.Function):
                     product_over_rows(x, grad_RF[first:wide], out=grad_weight[expert])
                 if grad_x is not None:
                     product(grad_RF[first:wide], weights[stack][expert].t(), out=grad_x[first:last])
-        return _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None, None, *grads
+        return sum_chosen(grad_x, None, dispatch) if grad_x is not None else None, None, *grads
 
 
 class _ScatterLinear(torch.autograd.Function):
@@ -115,7 +122,7 @@ class _ScatterLinear(torch.autograd.Function):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
                 wide = full_calls(first, last, len(rows_RF), weights[stack])
                 product(rows_RF[first:wide], weights[stack][expert], out=y_RD[first:last])
-        return _sum_chosen(y_RD, gates_NK, dispatch)
+        return sum_chosen(y_RD, gates_NK, dispatch)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +130,7 @@ class _ScatterLinear(torch.autograd.Function):
         rows_RF, gates_NK, *weights = ctx.saved_tensors
         need_rows, need_gates, _, *needed = ctx.needs_input_grad
         grads = _empty_grads(weights, needed, dispatch)
-        gates_R1 = _sorted_gates(gates_NK, dispatch)
+        gates_R1 = sorted_gates(gates_NK, dispatch).unsqueeze(1)
         gate_grads_R = torch.empty_like(gates_R1[:, 0])
         grad_rows = torch.empty_like(rows_RF, memory_format=torch.contiguous_format)
         with torch.autocast(rows_RF.device.type, enabled=False):
@@ -137,7 +144,7 @@ class _ScatterLinear(torch.autograd.Function):
                     ungated.mul_(_first(gates, count))
                 if grad_weight is not None:
                     product_over_rows(_nothing_beyond(rows * gates, count), grad, out=grad_weight[expert])
-        grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if need_gates else None
+        grad_gates = by_token(gate_grads_R, dispatch) if need_gates else None
         return grad_rows if need_rows else None, grad_gates, None, *grads
 
 
@@ -167,34 +174,28 @@ class _ExpertFeedforward(torch.autograd.Function):
         grads_down = _empty_grads(down, needed[4 + len(up) :], dispatch)
         through = needed[0] or any(grad is not None for grad in grads_up)
         grad_x = x_ND.new_empty(hidden_RF.shape[0], x_ND.shape[1]) if needed[0] else None
-        gates_R = _sorted_gates(gates_NK, dispatch).squeeze(1)
-        gate_grads_R = torch.empty_like(gates_R)
+        gates_R1 = sorted_gates(gates_NK, dispatch).unsqueeze(1)
+        gate_grads_R = torch.empty_like(gates_R1[:, 0])
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(up, dispatch.sizes):
                 wide, count = full_calls(first, last, len(hidden_RF), down[stack]), last - first
-                tokens = dispatch.tokens_R[first:wide]
+                tokens, gates = dispatch.tokens_R[first:wide], gates_R1[first:wide]
                 grad = grad_ND.index_select(0, tokens)
                 grad_active = product(grad, down[stack][expert].t())
+                active, slope = gelu_with_slope(hidden_RF[first:wide], slope=through)
+                torch.linalg.vecdot(_first(active, count), _first(grad_active, count), out=gate_grads_R[first:last])
                 grad_down, grad_up = grads_down[stack], grads_up[stack]
-                active = gelu_backward(
-                    hidden_RF[first:wide],
-                    grad_active,
-                    gates_R[first:wide],
-                    gate_grads_R[first:wide],
-                    grad_down is not None,
-                    through,
-                )
-                if grad_down is not None and active is not None:
-                    product_over_rows(_nothing_beyond(active, count), grad, out=grad_down[expert])
-                if not through:
+                if grad_down is not None:
+                    product_over_rows(_nothing_beyond(active.mul_(gates), count), grad, out=grad_down[expert])
+                if slope is None:
                     continue
-                grad_hidden = _nothing_beyond(grad_active, count)
+                grad_hidden = _nothing_beyond(grad_active.mul_(gates).mul_(slope), count)
                 if grad_up is not None:
                     product_over_rows(x_ND.index_select(0, tokens), grad_hidden, out=grad_up[expert])
                 if grad_x is not None:
                     product(grad_hidden, up[stack][expert].t(), out=grad_x[first:last])
-        grad_gates = gate_grads_R.index_select(0, dispatch.inverse_R).view_as(gates_NK) if needed[1] else None
-        grad_x_ND = _sum_chosen(grad_x, None, dispatch) if grad_x is not None else None
+        grad_gates = by_token(gate_grads_R, dispatch) if needed[1] else None
+        grad_x_ND = sum_chosen(grad_x, None, dispatch) if grad_x is not None else None
         return grad_x_ND, grad_gates, None, None, *grads_up, *grads_down
 
 
@@ -216,8 +217,8 @@ def _feed_forward(
             hidden = product(x, up[stack][expert], out=out if wide == last else None)
             if wide > last and out is not None:
                 out.copy_(hidden[: last - first])
-            product(gelu(hidden), down[stack][expert], out=y_RD[first:last])
-    return _sum_chosen(y_RD, gates_NK, dispatch)
+            product(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
+    return sum_chosen(y_RD, gates_NK, dispatch)
 
 
 def _first(rows: Tensor, count: int) -> Tensor:
@@ -229,6 +230,25 @@ def _nothing_beyond(rows: Tensor, count: int) -> Tensor:
     if len(rows) > count:
         rows[count:] = 0
     return rows
+
+
+def gelu_with_slope(hidden: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """tanh-gelu x * sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3), and where asked its derivative.
+
+    The same function as torch's tanh form; through sigmoid, which is vectorised, it costs 1.2 ns an element in place
+    of 3 (and 2.2 in place of 5 with the derivative), single thread, 2026-11. bf16 is computed in fp32.
+    """
+    x = hidden.float() if hidden.dtype == torch.bfloat16 else hidden
+    square = x * x
+    z = torch.addcmul(x, square, x, value=0.044715)
+    gate = z.mul_(2 * (2 / math.pi) ** 0.5).sigmoid_()
+    active = x * gate
+    if not slope:
+        return active.to(hidden.dtype), None
+    z_slope = square.mul_(6 * 0.044715 * (2 / math.pi) ** 0.5).add_(2 * (2 / math.pi) ** 0.5)
+    change = z_slope.mul_(active)
+    slopes = change.addcmul_(change, gate, value=-1).add_(gate)
+    return active.to(hidden.dtype), slopes.to(hidden.dtype)
 
 
 def _experts(weights: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -254,19 +274,3 @@ def _empty_grads(weights: Sequence[Tensor], needed: Sequence[bool], dispatch: Di
         grads.append(grad)
         number += weight.shape[0]
     return grads
-
-
-def _sorted_gates(gates_NK: Tensor, dispatch: Dispatch) -> Tensor:
-    return gates_NK.reshape(-1).index_select(0, dispatch.order_R).unsqueeze(1)
-
-
-def _sum_chosen(rows: Tensor, gates_NK: Tensor | None, dispatch: Dispatch) -> Tensor:
-    """Sorted rows -> per token the sum over its K rows, times gates where given. bf16 sums in fp32."""
-    index_NK = dispatch.inverse_R.view(dispatch.num_tokens, dispatch.num_chosen)
-    if rows.dtype in (torch.float32, torch.float64) and rows.device.type == "cpu" and rows.shape[0]:
-        summed: Tensor = F.embedding_bag(index_NK, rows, per_sample_weights=gates_NK, mode="sum")
-        return summed
-    picked = rows.index_select(0, dispatch.inverse_R).view(*index_NK.shape, rows.shape[1])
-    if gates_NK is not None:
-        picked = picked.float() * gates_NK.float().unsqueeze(-1)
-    return picked.sum(1, dtype=torch.float32 if rows.dtype == torch.bfloat16 else None).to(rows.dtype)

@@ -9,6 +9,7 @@
 #include "../small_products.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <string.h>
 
 #ifndef QUERIES
@@ -32,6 +33,28 @@ typedef struct {
     int newest, num_keys, all_since, all_until; /* all rows see keys number all_since .. all_until - 1 */
     int32_t since[MOST_ROWS], until[MOST_ROWS]; /* and each these */
 } Block;
+
+/* out (rows, columns) = or += a (rows, inner), of any strides, times b (inner, columns), whole vectors of columns. */
+static void multiply(float *out, int out_row, const float *a, int a_row, int a_column, const float *b, int b_row, int rows,
+                     int columns, int inner, int add) {
+    for (int n = 0, step; n < columns; n += step * LANES) {
+        step = columns - n >= COLUMNS * LANES ? COLUMNS : 1;
+        for (int m = 0; m < rows;) {
+            const float *row[ROWS];
+            float *to = out + (int64_t)m * out_row + n;
+            for (int i = 0; i < ROWS; i++) row[i] = a + (int64_t)(m + i) * a_row;
+            if (m + ROWS > rows) {
+                if (step == COLUMNS) meet(1, COLUMNS, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
+                else meet(1, 1, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
+                m++;
+            } else {
+                if (step == COLUMNS) meet(ROWS, COLUMNS, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
+                else meet(ROWS, 1, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
+                m += ROWS;
+            }
+        }
+    }
+}
 
 static int padded(int count) { return (count + LANES - 1) / LANES * LANES; }
 

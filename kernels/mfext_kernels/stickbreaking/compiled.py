@@ -21,7 +21,7 @@ from mfext_kernels.native import CONTRACTED, Source, in_parts
 SOURCE = Source(Path(__file__).with_name("attention.c"), (CONTRACTED,))
 available, explain = SOURCE.available, SOURCE.explain
 MOST_CHOSEN = 8
-ARGUMENTS = {"mfext_attention_room": (1, 1), "mfext_attend": (7, 2), "mfext_differentiate": (10, 2)}
+ARGUMENTS = {"mfext_attend": (7, 2), "mfext_differentiate": (10, 2)}  # pointers, numbers
 
 
 class _Shape(ctypes.Structure):
@@ -70,7 +70,7 @@ def _call(name: str, shape: _Shape, tensors: tuple[Tensor | None, ...], backward
     """Pairs (batch, head) shared out among torch's threads, a room for each."""
     function, of = _function(name), ctypes.byref(shape)
     pointers = [0 if each is None else each.data_ptr() for each in tensors]
-    needed = _function("mfext_attention_room")(of, int(backward))
+    needed = SOURCE.function("mfext_attention_room", (ctypes.c_void_p, ctypes.c_int32), ctypes.c_int64)(of, backward)
 
     def run(first: int, last: int) -> None:
         room = _room(needed)
@@ -86,4 +86,4 @@ def _room(numbers: int) -> Tensor:
 def _function(name: str) -> Callable[..., int]:
     pointers, numbers = ARGUMENTS[name]
     arguments = (ctypes.c_void_p,) * pointers + (ctypes.c_int32,) * numbers
-    return SOURCE.function(name, arguments, ctypes.c_int64)
+    return SOURCE.operations(name, arguments)
