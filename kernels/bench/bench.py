@@ -113,16 +113,20 @@ def dense_models() -> Iterator[Figure]:
 def growth() -> Iterator[Figure]:
     """Target 8: a growth step in which only new experts and routers train against a full step of the same model.
 
-    Gated, new experts come on top of those a token chose before; in the published form (compete) it chooses as many
-    among old and new ones.
+    The target is of the published form (compete), in which it was set: a token chooses as many experts among old and new
+    ones. Gated, and the gate held open on every token, new experts come on top of those it chose before; that step is
+    reported beside it, since counted in floating-point operations it is 0.82 of a full one.
     """
     ids, targets = (torch.randint(0, 512, (SHAPES[256], 256)) for _ in range(2))
-    for growth in (rivals.NEW_EXPERTS, rivals.NEW_IN_THE_SOFTMAX):
+    for growth in (rivals.NEW_IN_THE_SOFTMAX, rivals.NEW_EXPERTS):
         for layers in ("all", "top_half"):
             steps = rivals.growth_steps(rivals.CONFIG_S, replace(growth, layers=layers), ids, targets)
-            fast, full = interleaved_ms(*steps, 5, 5)
+            for step in steps * 2:
+                step()  # until neither needs memory that the process has not had
+            fast, full = interleaved_ms(*steps, 7, 7)
             what = f"growth step {SHAPES[256]} x 256, {growth.mode}, layers {layers} / full step"
-            yield Figure(8, what, fast, full, "ms", fast / full, "at most", GROWTH_AT_MOST, counts=layers == "all")
+            counts = growth.mode == "compete" and layers == "all"
+            yield Figure(8, what, fast, full, "ms", fast / full, "at most", GROWTH_AT_MOST, counts)
 
 
 def memory() -> Iterator[Figure]:

@@ -83,10 +83,12 @@ def build(source: Path, *flags: str) -> Build:
             _compile(source, compiler, flags, path)
         return Build(ctypes.CDLL(str(path)), f"built with {Path(compiler).name}")
     except (OSError, subprocess.SubprocessError) as error:
-        return Build(None, f"{Path(compiler).name} could not build it: {' '.join(str(error).split())[:200]}")
+        said = getattr(error, "stderr", None)  # by the compiler
+        reason = said.decode(errors="replace") if said else str(error)
+        return Build(None, f"{Path(compiler).name} could not build it: {' '.join(reason.split())[:200]}")
 
 
-def in_parts(count: int, run: Callable[[int, int], None], most: int | None = None) -> None:
+def in_parts(count: int, run: Callable[[int, int], object], most: int | None = None) -> None:
     """run(first, last) over 0 .. count - 1, side by side in as many parts as torch has threads, or at most so many."""
     threads = min(torch.get_num_threads(), count if most is None else min(most, count))
     if threads <= 1:
@@ -136,7 +138,8 @@ def _compile(source: Path, compiler: str, flags: tuple[str, ...], path: Path) ->
     os.close(descriptor)
     try:
         command = [compiler, *FLAGS, *flags, str(source), "-o", temporary, "-lm"]
-        subprocess.run(command, capture_output=True, check=True, timeout=BUILD_WITHIN_S)
+        environment = {"PATH": os.defpath} | os.environ  # a compiler looks there for its linker
+        subprocess.run(command, capture_output=True, check=True, timeout=BUILD_WITHIN_S, env=environment)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -4,14 +4,13 @@ torch multiplies by MKL, which takes its AVX-512 code on Intel processors alone;
 AMD's before Zen 5 multiply no faster with it than with AVX2, so MKL, which costs less a call, stays there. The choice
 hangs on the processor and the sizes, never on a timing: the same program gives the same bits again.
 
-oneDNN compiles code for every new number of rows, which takes as long as the product itself, and experts meet other
-numbers at every step. So rows go in calls of a multiple of 16, the last one with rows that lie before or behind its
-own: a row's bits do not depend on how many rows there are. Nothing here is differentiated, but for `linear`.
+oneDNN compiles code for every new number of rows, which takes as long as the product itself. So rows go in calls of a
+multiple of 16, the last one with rows that lie before its own: a row's bits do not depend on how many rows there are.
+Nothing here is differentiated, but for `linear`.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from mfext_kernels.autograd import applied
 
-STEP, BLOCK = 16, 64  # rows of a call are a multiple of one, and where nobody asks for them in parts of the other
+STEP, BLOCK = 16, 64  # rows of a call are a multiple of one, of long calls of the other
 AT_ONCE = 512  # rows multiplied before they are copied to where they belong: still in cache, and no large buffer
 FEWEST_ROWS = 64
 ALIGNED, MANY_OUTPUTS = 64, 1024  # on a GPU
@@ -65,33 +64,23 @@ def explain() -> str:
     return choice().reason
 
 
-def full_calls(first: int, last: int, rows: int, stack_EKN: Tensor) -> int:
-    """Where to end the rows from `first` on, of `rows` in all, so that those up to `last` meet a matrix in few calls.
-
-    For rows that lie among others: a call of a few more rows costs less than a second call.
-    """
-    wide = min(first + math.ceil((last - first) / STEP) * STEP, rows)
-    return wide if _suits(stack_EKN, stack_EKN, wide - first, stack_EKN.shape[1] * stack_EKN.shape[2]) else last
-
-
-def product(left_MK: Tensor, right_KN: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right, written to `out` where given; where that has fewer rows, the first ones alone are wanted."""
+def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """left @ right."""
     if not _applies(left_MK, right_KN, left_MK.shape[0], right_KN.numel()):
-        wanted = left_MK if out is None or len(out) == len(left_MK) else left_MK[: len(out)]
-        return torch.mm(wanted, right_KN, out=out)
-    return _in_parts(left_MK, right_KN.t(), None, out)
+        return torch.mm(left_MK, right_KN)
+    return _in_parts(left_MK, right_KN.t(), None)
 
 
-def product_over_rows(left_RM: Tensor, right_RN: Tensor, out: Tensor | None = None) -> Tensor:
-    """left^T @ right, a matrix's gradient from R rows; written to `out` where given."""
+def product_over_rows(left_RM: Tensor, right_RN: Tensor) -> Tensor:
+    """left^T @ right, a matrix's gradient from R rows."""
     rows = left_RM.shape[0]
     if not _applies(left_RM, right_RN, rows, left_RM.shape[1] * right_RN.shape[1]):
-        return torch.mm(left_RM.t(), right_RN, out=out)
+        return torch.mm(left_RM.t(), right_RN)
     whole = rows - rows % (STEP if rows < AT_ONCE else BLOCK)
     sum_MN = _onednn(left_RM[:whole].t(), right_RN[:whole].t(), None)
     if whole < rows:
-        return torch.addmm(sum_MN, left_RM[whole:].t(), right_RN[whole:], out=sum_MN if out is None else out)
-    return sum_MN if out is None else out.copy_(sum_MN)
+        return torch.addmm(sum_MN, left_RM[whole:].t(), right_RN[whole:], out=sum_MN)
+    return sum_MN
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -121,7 +110,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         need_x, need_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x_NI if need_weight else None, weight_OI if need_x else None)
-        return _in_parts(x_NI, weight_OI, bias_O, None)
+        return _in_parts(x_NI, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
@@ -148,14 +137,13 @@ def _suits(left: Tensor, right: Tensor, rows: int, each: int) -> bool:
     return large and fp32 and choice().onednn
 
 
-def _in_parts(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, out: Tensor | None) -> Tensor:
+def _in_parts(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     rows = left_MK.shape[0]
-    if out is None and not rows % (STEP if rows <= AT_ONCE else BLOCK):
+    if not rows % (STEP if rows <= AT_ONCE else BLOCK):
         return _onednn(left_MK, right_NK, bias_N)
-    written = left_MK.new_empty(rows, right_NK.shape[0]) if out is None else out
+    written = left_MK.new_empty(rows, right_NK.shape[0])
     for start, first, last in _calls(rows):
-        part = written[first:last]
-        part.copy_(_onednn(left_MK[start:last], right_NK, bias_N)[first - start :][: part.shape[0]])
+        written[first:last].copy_(_onednn(left_MK[start:last], right_NK, bias_N)[first - start :])
     return written
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfext_kernels import products
-from mfext_kernels.products import choice, full_calls, linear, product, product_over_rows
+from mfext_kernels.products import choice, linear, product, product_over_rows
 from tests.kernels.counting import counted
 
 # rows, inner width, columns: few and many rows, whole blocks and not, odd widths, and nothing at all
@@ -62,9 +62,6 @@ def test_products_are_as_exact_as_torchs(sizes: tuple[int, int, int]) -> None:
     assert_near(product(left, right), left.double() @ right.double())
     assert_near(product(left, right.t().contiguous().t()), left.double() @ right.double())
     assert_near(product_over_rows(left, grad), left.double().t() @ grad.double())
-    out, sums = torch.full((rows, columns), torch.nan), torch.full((inner, columns), torch.nan)
-    assert product(left, right, out) is out and torch.equal(out, product(left, right))
-    assert product_over_rows(left, grad, sums) is sums and torch.equal(sums, product_over_rows(left, grad))
 
 
 def test_large_products_go_to_onednn_and_small_ones_do_not() -> None:
@@ -77,29 +74,12 @@ def test_large_products_go_to_onednn_and_small_ones_do_not() -> None:
     assert counted(lambda: product(left, right[:, :8])).onednn_calls == 0
 
 
-def test_rows_among_others_take_one_call_and_have_the_bits_of_rows_alone() -> None:
-    rows, stack = drawn(900, 256), drawn(2 * 256, 256, seed=1).view(2, 256, 256)
-    for first, last in ((0, 100), (37, 137), (300, 371), (830, 900), (640, 900)):
-        end = full_calls(first, last, 900, stack)
-        assert last <= end < last + 16 and end <= 900
-        out = torch.full((last - first, 256), torch.nan)
-        work = counted(lambda f=first, e=end, out=out: product(rows[f:e], stack[1], out))
-        assert work.onednn_calls == (1 if end < 900 else 2)
-        torch.testing.assert_close(out, rows[first:last] @ stack[1], atol=1e-4, rtol=1e-5)
-        assert torch.equal(out, product(rows, stack[1])[first:last])
-    assert full_calls(3, 43, 900, stack) == 43, "too few rows"
-    assert full_calls(3, 103, 900, stack[:, :8, :8]) == 103, "a small matrix"
-    assert full_calls(3, 103, 900, stack.double()) == 103, "not in float64"
-
-
 @pytest.mark.parametrize("layout", range(3))
 def test_the_layout_of_the_operands_does_not_matter(layout: int) -> None:
     rows, inner, columns = LARGE
     left, right, grad = drawn(rows, inner), drawn(inner, columns, seed=1), drawn(rows, columns, seed=2)
     assert_near(product(by_rows(left)[layout], by_rows(right)[layout]), left.double() @ right.double())
     assert_near(product_over_rows(by_rows(left)[layout], by_rows(grad)[layout]), left.double().t() @ grad.double())
-    out = torch.empty(rows, 2 * columns)[:, :columns]
-    assert_near(product(left, right, out), left.double() @ right.double())
 
 
 def test_one_row_shown_often_is_multiplied_like_its_copies() -> None:

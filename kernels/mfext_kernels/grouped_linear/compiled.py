@@ -1,8 +1,8 @@
 """Expert maps in compiled code, products included: experts.c, float32 on the CPU.
 
 The maps of cpu.py, each in one call for all experts. Rows are shared out among torch's threads; of matrices' gradients,
-which sum over rows, the gradients' own rows are. Not used where there is no compiler (native.py), in other precisions or
-under autocast.
+which sum over rows, the gradients' own rows are: no number's bits depend on how many threads there are. Not used where
+there is no compiler (native.py), in other precisions or under autocast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mfext_kernels.autograd import applied
-from mfext_kernels.grouped_linear.chosen import by_token, sorted_gates, sum_chosen
+from mfext_kernels.grouped_linear.chosen import by_token, sorted_gates
 from mfext_kernels.native import CONTRACTED, Source, in_parts
 from mfext_kernels.routing import Dispatch
 
@@ -32,6 +32,7 @@ ARGUMENTS = {  # pointers, numbers
 }
 AT_ONCE, WIDEST_STRIP = 512, 32  # as in experts.c and small_products.h
 WORTH_A_THREAD = 1 << 21  # multiplications
+COPIED_BY_A_THREAD = 1 << 18  # numbers
 
 
 def applies(rows: Tensor, *weights: Tensor) -> bool:
@@ -57,6 +58,28 @@ def expert_feedforward(
     if torch.is_grad_enabled() and any(each.requires_grad for each in (x_ND, gates_NK, *up, *down)):
         return applied(_ExpertFeedforward, x_ND, gates_NK, dispatch, len(up), *up, *down)
     return _feed_forward((x_ND.contiguous(), gates_NK), _contiguous(up), _contiguous(down), dispatch, None)
+
+
+def take_rows(rows: Tensor, index_R: Tensor) -> Tensor:
+    """rows[index], of rows of any shape; not differentiated."""
+    rows = rows.contiguous()
+    out = rows.new_empty(len(index_R), *rows.shape[1:])
+    width = out[0].numel() if len(out) else 0
+    call = SOURCE.function("mfext_take_rows", (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 3)
+    pointers = [each.data_ptr() for each in (out, rows, index_R)]
+    in_parts(len(out), lambda first, last: call(*pointers, width, first, last), out.numel() // COPIED_BY_A_THREAD)
+    return out
+
+
+def sum_chosen(rows_RD: Tensor, gates_NK: Tensor | None, dispatch: Dispatch) -> Tensor:
+    """Sorted rows -> per token the sum over its K rows, times gates where given; not differentiated."""
+    out = rows_RD.new_empty(dispatch.num_tokens, rows_RD.shape[1])
+    call = SOURCE.function("mfext_sum_chosen", (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 4)
+    gates_NK = None if gates_NK is None else gates_NK.contiguous()
+    pointers = [_pointer(each) for each in (out, rows_RD, dispatch.inverse_R, gates_NK)]
+    sizes = dispatch.num_chosen, rows_RD.shape[1]
+    in_parts(len(out), lambda first, last: call(*pointers, *sizes, first, last), rows_RD.numel() // COPIED_BY_A_THREAD)
+    return out
 
 
 class _GatherLinear(torch.autograd.Function):
@@ -136,9 +159,8 @@ class _ExpertFeedforward(torch.autograd.Function):
         _over_rows("mfext_feed_forward_backward", (*made, *given), max(sizes) * WIDEST_STRIP, sizes, dispatch)
         of_x, of_y = _Rows(x_ND, dispatch.tokens_R), _Rows(grad_ND, dispatch.tokens_R)
         grads_up = _matrices_of_rows(of_x, _Rows(hidden_grads, None), None, up, need_up, dispatch)
-        grads_down = [None] * len(down)
-        if gated is not None:
-            grads_down = _matrices_of_rows(_Rows(gated, None), of_y, None, down, need_down, dispatch)
+        of_hidden = _Rows(hidden_RF if gated is None else gated, None)
+        grads_down = _matrices_of_rows(of_hidden, of_y, None, down, need_down, dispatch)
         return (
             None if grad_x is None else sum_chosen(grad_x, None, dispatch),
             by_token(gate_grads_R, dispatch) if need_gates else None,
@@ -169,7 +191,7 @@ def _feed_forward(
     sizes = (x_ND.shape[1], up[0].shape[2], down[0].shape[2])
     y_RD = x_ND.new_empty(dispatch.order_R.numel(), sizes[2])
     given = (y_RD, hidden_RF, x_ND, dispatch.tokens_R, _pointers(up), _pointers(down), dispatch.bounds_E1)
-    room = 2 * AT_ONCE * sizes[1] + max(sizes) * WIDEST_STRIP
+    room = 2 * min(AT_ONCE, len(y_RD)) * sizes[1] + max(sizes) * WIDEST_STRIP
     _over_rows("mfext_feed_forward", given, room, sizes, dispatch)
     return sum_chosen(y_RD, gates_NK, dispatch)
 
@@ -202,14 +224,14 @@ def _matrices_of_rows(
     sums = _array([address for grad, count in zip(grads, counts, strict=True) for address in _addresses(grad, count)])
     given = (sums, left.rows, left.index, right.rows, right.index, scales_R, dispatch.bounds_E1)
     _, tall, wide = weights[0].shape
-    call = _function("mfext_matrices_of_rows")
+    call, rows = _function("mfext_matrices_of_rows"), dispatch.order_R.numel()
     pointers = [_pointer(each) for each in given]
 
     def run(first: int, last: int) -> None:
-        room = _room(AT_ONCE * WIDEST_STRIP)
+        room = _room(min(AT_ONCE, rows) * WIDEST_STRIP)
         call(*pointers, room.data_ptr(), dispatch.num_experts, tall, wide, first, last)
 
-    in_parts(tall, run, dispatch.order_R.numel() * tall * wide // WORTH_A_THREAD)
+    in_parts(tall, run, rows * tall * wide // WORTH_A_THREAD)
     return grads
 
 

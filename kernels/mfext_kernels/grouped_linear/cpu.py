@@ -1,4 +1,6 @@
-"""Grouped linear maps, fast: one autograd Function per op around a loop of matrix products.
+"""Grouped linear maps, fast: in compiled code where that applies, else in torch.
+
+In torch an op is one autograd Function around a loop of matrix products.
 
 Every permutation is a gather, forwards and backwards: the backward of "token -> its K sorted rows"
 is a gather by `inverse_R` and a sum over K, never an index_add. Gates multiply the narrow side.
@@ -17,7 +19,6 @@ from torch import Tensor
 from mfext_kernels.autograd import applied
 from mfext_kernels.grouped_linear import compiled
 from mfext_kernels.grouped_linear.chosen import by_token, sorted_gates, sum_chosen
-from mfext_kernels.products import full_calls, product, product_over_rows
 from mfext_kernels.routing import Dispatch
 
 
@@ -49,9 +50,8 @@ def expert_feedforward(
 def order_rows(rows_RF: Tensor, dispatch: Dispatch) -> Tensor:
     """Sorted rows -> (N, K, F)."""
     if not _needs_gradient(rows_RF):
-        return rows_RF.index_select(0, dispatch.inverse_R).view(
-            dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:]
-        )
+        rows = _take(rows_RF, dispatch.inverse_R)
+        return rows.view(dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:])
     rows = applied(_Permute, rows_RF, dispatch.inverse_R, dispatch.order_R)
     return rows.view(dispatch.num_tokens, dispatch.num_chosen, *rows_RF.shape[1:])
 
@@ -59,12 +59,16 @@ def order_rows(rows_RF: Tensor, dispatch: Dispatch) -> Tensor:
 def sort_rows(rows_NKF: Tensor, dispatch: Dispatch) -> Tensor:
     """(N, K, F) -> sorted rows."""
     if not _needs_gradient(rows_NKF):
-        return rows_NKF.flatten(0, 1).index_select(0, dispatch.order_R)
+        return _take(rows_NKF.flatten(0, 1), dispatch.order_R)
     return applied(_Permute, rows_NKF.flatten(0, 1), dispatch.order_R, dispatch.inverse_R)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _take(rows: Tensor, index_R: Tensor) -> Tensor:
+    return compiled.take_rows(rows, index_R) if compiled.applies(rows) else rows.index_select(0, index_R)
 
 
 class _Permute(torch.autograd.Function):
@@ -73,12 +77,12 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, index)
+        return _take(rows, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        return _take(grad, inverse), None, None
 
 
 class _GatherLinear(torch.autograd.Function):
@@ -89,9 +93,8 @@ class _GatherLinear(torch.autograd.Function):
         rows_RF = x_ND.new_empty(dispatch.order_R.numel(), weights[0].shape[2])
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                wide = full_calls(first, last, len(rows_RF), weights[stack])
-                x = x_ND.index_select(0, dispatch.tokens_R[first:wide])
-                product(x, weights[stack][expert], out=rows_RF[first:last])
+                x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+                torch.mm(x, weights[stack][expert], out=rows_RF[first:last])
         return rows_RF
 
     @staticmethod
@@ -103,12 +106,12 @@ class _GatherLinear(torch.autograd.Function):
         grad_RF = grad_RF.contiguous()
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                grad_weight, wide = grads[stack], full_calls(first, last, len(grad_RF), weights[stack])
+                grad_weight = grads[stack]
                 if grad_weight is not None:
-                    x = _nothing_beyond(x_ND.index_select(0, dispatch.tokens_R[first:wide]), last - first)
-                    product_over_rows(x, grad_RF[first:wide], out=grad_weight[expert])
+                    x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+                    torch.mm(x.t(), grad_RF[first:last], out=grad_weight[expert])
                 if grad_x is not None:
-                    product(grad_RF[first:wide], weights[stack][expert].t(), out=grad_x[first:last])
+                    torch.mm(grad_RF[first:last], weights[stack][expert].t(), out=grad_x[first:last])
         return sum_chosen(grad_x, None, dispatch) if grad_x is not None else None, None, *grads
 
 
@@ -120,8 +123,7 @@ class _ScatterLinear(torch.autograd.Function):
         y_RD = rows_RF.new_empty(rows_RF.shape[0], weights[0].shape[2])
         with torch.autocast(rows_RF.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                wide = full_calls(first, last, len(rows_RF), weights[stack])
-                product(rows_RF[first:wide], weights[stack][expert], out=y_RD[first:last])
+                torch.mm(rows_RF[first:last], weights[stack][expert], out=y_RD[first:last])
         return sum_chosen(y_RD, gates_NK, dispatch)
 
     @staticmethod
@@ -135,15 +137,14 @@ class _ScatterLinear(torch.autograd.Function):
         grad_rows = torch.empty_like(rows_RF, memory_format=torch.contiguous_format)
         with torch.autocast(rows_RF.device.type, enabled=False):
             for stack, expert, first, last in _experts(weights, dispatch.sizes):
-                wide, count = full_calls(first, last, len(rows_RF), weights[stack]), last - first
-                grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:wide]), gates_R1[first:wide]
-                rows, grad_weight = rows_RF[first:wide], grads[stack]
+                grad, gates = grad_ND.index_select(0, dispatch.tokens_R[first:last]), gates_R1[first:last]
+                rows, grad_weight = rows_RF[first:last], grads[stack]
                 if need_rows or need_gates:
-                    ungated = product(grad, weights[stack][expert].t(), out=grad_rows[first:last])
-                    torch.linalg.vecdot(_first(rows, count), ungated, out=gate_grads_R[first:last])
-                    ungated.mul_(_first(gates, count))
+                    ungated = torch.mm(grad, weights[stack][expert].t(), out=grad_rows[first:last])
+                    torch.linalg.vecdot(rows, ungated, out=gate_grads_R[first:last])
+                    ungated.mul_(gates)
                 if grad_weight is not None:
-                    product_over_rows(_nothing_beyond(rows * gates, count), grad, out=grad_weight[expert])
+                    torch.mm((rows * gates).t(), grad, out=grad_weight[expert])
         grad_gates = by_token(gate_grads_R, dispatch) if need_gates else None
         return grad_rows if need_rows else None, grad_gates, None, *grads
 
@@ -178,22 +179,21 @@ class _ExpertFeedforward(torch.autograd.Function):
         gate_grads_R = torch.empty_like(gates_R1[:, 0])
         with torch.autocast(x_ND.device.type, enabled=False):
             for stack, expert, first, last in _experts(up, dispatch.sizes):
-                wide, count = full_calls(first, last, len(hidden_RF), down[stack]), last - first
-                tokens, gates = dispatch.tokens_R[first:wide], gates_R1[first:wide]
+                tokens, gates = dispatch.tokens_R[first:last], gates_R1[first:last]
                 grad = grad_ND.index_select(0, tokens)
-                grad_active = product(grad, down[stack][expert].t())
-                active, slope = gelu_with_slope(hidden_RF[first:wide], slope=through)
-                torch.linalg.vecdot(_first(active, count), _first(grad_active, count), out=gate_grads_R[first:last])
+                grad_active = torch.mm(grad, down[stack][expert].t())
+                active, slope = gelu_with_slope(hidden_RF[first:last], slope=through)
+                torch.linalg.vecdot(active, grad_active, out=gate_grads_R[first:last])
                 grad_down, grad_up = grads_down[stack], grads_up[stack]
                 if grad_down is not None:
-                    product_over_rows(_nothing_beyond(active.mul_(gates), count), grad, out=grad_down[expert])
+                    torch.mm(active.mul_(gates).t(), grad, out=grad_down[expert])
                 if slope is None:
                     continue
-                grad_hidden = _nothing_beyond(grad_active.mul_(gates).mul_(slope), count)
+                grad_hidden = grad_active.mul_(gates).mul_(slope)
                 if grad_up is not None:
-                    product_over_rows(x_ND.index_select(0, tokens), grad_hidden, out=grad_up[expert])
+                    torch.mm(x_ND.index_select(0, tokens).t(), grad_hidden, out=grad_up[expert])
                 if grad_x is not None:
-                    product(grad_hidden, up[stack][expert].t(), out=grad_x[first:last])
+                    torch.mm(grad_hidden, up[stack][expert].t(), out=grad_x[first:last])
         grad_gates = by_token(gate_grads_R, dispatch) if needed[1] else None
         grad_x_ND = sum_chosen(grad_x, None, dispatch) if grad_x is not None else None
         return grad_x_ND, grad_gates, None, None, *grads_up, *grads_down
@@ -211,25 +211,10 @@ def _feed_forward(
     y_RD = x_ND.new_empty(dispatch.num_tokens * dispatch.num_chosen, down[0].shape[2])
     with torch.autocast(x_ND.device.type, enabled=False):
         for stack, expert, first, last in _experts(up, dispatch.sizes):
-            wide = full_calls(first, last, len(y_RD), up[stack])
-            x = x_ND.index_select(0, dispatch.tokens_R[first:wide])
-            out = None if hidden_RF is None else hidden_RF[first:last]
-            hidden = product(x, up[stack][expert], out=out if wide == last else None)
-            if wide > last and out is not None:
-                out.copy_(hidden[: last - first])
-            product(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
+            x = x_ND.index_select(0, dispatch.tokens_R[first:last])
+            hidden = torch.mm(x, up[stack][expert], out=None if hidden_RF is None else hidden_RF[first:last])
+            torch.mm(gelu_with_slope(hidden, slope=False)[0], down[stack][expert], out=y_RD[first:last])
     return sum_chosen(y_RD, gates_NK, dispatch)
-
-
-def _first(rows: Tensor, count: int) -> Tensor:
-    return rows if len(rows) == count else rows[:count]
-
-
-def _nothing_beyond(rows: Tensor, count: int) -> Tensor:
-    """The rows themselves, those after the first `count` (other experts') made zeros: they add nothing to a sum."""
-    if len(rows) > count:
-        rows[count:] = 0
-    return rows
 
 
 def gelu_with_slope(hidden: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:

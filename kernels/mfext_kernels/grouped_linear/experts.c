@@ -14,6 +14,9 @@
 #include <string.h>
 
 #define STRIP_WIDTH (COLUMNS * LANES)
+#define LINE 16        /* numbers fetched together */
+#define MOST_AHEAD 256 /* lines of the next matrix fetched while ROWS rows meet a strip */
+#define AHEAD 8        /* rows fetched before they are wanted */
 #define AT_ONCE 512 /* rows: their hidden numbers stay in second-level cache between two products */
 
 /* tanh-gelu is x s(z) with s the sigmoid and z = 2 sqrt(2/pi) (x + 0.044715 x^3). */
@@ -99,10 +102,14 @@ static void take_strip(float *strip, const float *matrix, int64_t inner, int64_t
 
 /* `count` rows, from row `first` on, of one expert: out (count, wide). */
 static void rows_by_matrix(float *out, const float *rows, const int64_t *index, int64_t first, int64_t count, const float *matrix,
-                           int64_t inner, int64_t wide, int turned, float *strip) {
-    for (int64_t n = 0; n < wide; n += STRIP_WIDTH) {
+                           int64_t inner, int64_t wide, int turned, const float *next, float *strip) {
+    const int64_t lines = inner * wide / LINE, calls = (count + ROWS - 1) / ROWS * ((wide + STRIP_WIDTH - 1) / STRIP_WIDTH);
+    const int64_t a_call = least((lines + calls - 1) / calls, MOST_AHEAD);
+    for (int64_t n = 0, line = 0; n < wide; n += STRIP_WIDTH) {
         take_strip(strip, matrix, inner, wide, n, turned);
         for (int64_t m = 0; m < count; m += ROWS) {
+            if (next)
+                for (const int64_t end = least(lines, line + a_call); line < end; line++) __builtin_prefetch(next + line * LINE, 0, 2);
             const float *row[ROWS];
             for (int i = 0; i < ROWS; i++) {
                 const int64_t number = first + least(m + i, count - 1);
@@ -120,7 +127,8 @@ int64_t mfext_rows_by_matrices(float *out, const float *rows, const int64_t *ind
     for (int64_t e = 0, low = first; low < last; e++) {
         const int64_t high = least(bounds[e + 1], last);
         if (high <= low) continue;
-        rows_by_matrix(out + low * wide, rows, index, low, high - low, matrices[e], inner, wide, (int)turned, room);
+        rows_by_matrix(out + low * wide, rows, index, low, high - low, matrices[e], inner, wide, (int)turned,
+                       high < last ? matrices[e + 1] : NULL, room);
         low = high;
     }
     return 2 * (last - first) * inner * wide;
@@ -162,6 +170,36 @@ int64_t mfext_matrices_of_rows(float *const *sums, const float *left, const int6
     return done;
 }
 
+static void fetch_row(const float *row, int64_t width) {
+    for (int64_t i = 0; i < width; i += LINE) __builtin_prefetch(row + i, 0, 3);
+}
+
+/* out[r] = rows[index[r]] for rows first .. last - 1. */
+void mfext_take_rows(float *out, const float *rows, const int64_t *index, int64_t width, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        if (r + AHEAD < last) fetch_row(rows + index[r + AHEAD] * width, width);
+        memcpy(out + r * width, rows + index[r] * width, sizeof(float) * width);
+    }
+}
+
+/* out[n] = the sum over k of rows[index[n, k]], times gates[n, k] where given, for tokens first .. last - 1. */
+void mfext_sum_chosen(float *out, const float *rows, const int64_t *index, const float *gates, int64_t chosen, int64_t width,
+                      int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; n++) {
+        float *restrict sum = out + n * width;
+        for (int64_t k = 0; k < chosen; k++) {
+            const int64_t at = n * chosen + k;
+            const float *restrict row = rows + index[at] * width;
+            const float gate = gates ? gates[at] : 1;
+            if (at + AHEAD < last * chosen) fetch_row(rows + index[at + AHEAD] * width, width);
+            if (k == 0)
+                for (int64_t i = 0; i < width; i++) sum[i] = gate * row[i];
+            else
+                for (int64_t i = 0; i < width; i++) sum[i] += gate * row[i];
+        }
+    }
+}
+
 static inline float sigmoid(float z) {
     const float low = z < -GREATEST ? -GREATEST : z;
     return 1.0f / (1.0f + exponential(low > GREATEST ? -GREATEST : -low));
@@ -197,19 +235,21 @@ static void gelu_backward(float *grads, float *gated, float *gate_grads, const f
 }
 
 /* y[r] = gelu(x[tokens[r]] U_e) V_e for rows first .. last - 1: U (tall, inner), V (inner, wide). The hidden rows are
- * written to `hidden` (R, inner) where that is given. `room`: AT_ONCE rows of inner twice, strips of the longer of both. */
+ * written to `hidden` (R, inner) where that is given. `room`: rows of inner twice, at most AT_ONCE, and a strip of the
+ * longest of the three. */
 int64_t mfext_feed_forward(float *y, float *hidden, const float *x, const int64_t *tokens, const float *const *up,
                            const float *const *down, const int32_t *bounds, float *room, int64_t tall, int64_t inner, int64_t wide,
                            int64_t first, int64_t last) {
-    float *active = room, *own = active + AT_ONCE * inner, *strip = own + AT_ONCE * inner;
+    const int64_t at_once = least(AT_ONCE, last - first);
+    float *active = room, *own = active + at_once * inner, *strip = own + at_once * inner;
     for (int64_t e = 0, low = first; low < last; e++) {
         const int64_t end = least(bounds[e + 1], last);
         for (int64_t at = low; at < end; at += AT_ONCE) {
             const int64_t count = least(AT_ONCE, end - at);
             float *made = hidden ? hidden + at * inner : own;
-            rows_by_matrix(made, x, tokens, at, count, up[e], tall, inner, 0, strip);
+            rows_by_matrix(made, x, tokens, at, count, up[e], tall, inner, 0, down[e], strip);
             gelu(active, made, count * inner);
-            rows_by_matrix(y + at * wide, active, NULL, 0, count, down[e], inner, wide, 0, strip);
+            rows_by_matrix(y + at * wide, active, NULL, 0, count, down[e], inner, wide, 0, end < last ? up[e + 1] : NULL, strip);
         }
         if (end > low) low = end;
     }
@@ -227,9 +267,9 @@ int64_t mfext_feed_forward_backward(float *gate_grads, float *hidden_grads, floa
         for (int64_t at = low; at < end; at += AT_ONCE) {
             const int64_t count = least(AT_ONCE, end - at);
             float *grads = hidden_grads + at * inner;
-            rows_by_matrix(grads, y_grads, tokens, at, count, down[e], wide, inner, 1, room);
+            rows_by_matrix(grads, y_grads, tokens, at, count, down[e], wide, inner, 1, up[e], room);
             gelu_backward(grads, gated ? gated + at * inner : NULL, gate_grads + at, hidden + at * inner, gates + at, count, inner);
-            if (x_grads) rows_by_matrix(x_grads + at * tall, grads, NULL, 0, count, up[e], inner, tall, 1, room);
+            if (x_grads) rows_by_matrix(x_grads + at * tall, grads, NULL, 0, count, up[e], inner, tall, 1, end < last ? down[e + 1] : NULL, room);
         }
         if (end > low) low = end;
     }
