@@ -27,7 +27,7 @@ from mfext.completion import completion_script
 from mfext.config import Recipe
 from mfext.conversion import did_you_mean, from_mapping, to_mapping
 from mfext.errors import InputError, InterruptedRun, MfextError
-from mfext.memory import keep_freed_memory
+from mfext.process import keep_freed_memory, wait_without_spinning
 from mfext.verbs import VERBS, Flag, Verb, find_verb, help_text, verb_help
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     boundary = _Boundary(debug="--debug" in words)
     with boundary, _terminable():
         keep_freed_memory()
+        wait_without_spinning()
         _dispatch(words)
     return boundary.code
 

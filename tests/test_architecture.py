@@ -19,7 +19,7 @@ LEVELS = {
     "mfext_kernels": 0,
     "errors": 1,
     "paths": 1,
-    "memory": 1,
+    "process": 1,
     "config": 1,
     "conversion": 2,
     "requests": 2,

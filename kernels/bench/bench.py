@@ -25,10 +25,10 @@ from torch import Tensor  # noqa: E402
 
 from mfext.commands import rivals  # noqa: E402
 from mfext.commands.footprint import PROMPT, SIDE_BY_SIDE  # noqa: E402
-from mfext.memory import keep_freed_memory  # noqa: E402
 from mfext.metrics.speed import Figure, Run, interleaved_ms, peak_kb  # noqa: E402
 from mfext.model.build import new_model  # noqa: E402
 from mfext.model.language_model import LanguageModel  # noqa: E402
+from mfext.process import keep_freed_memory  # noqa: E402
 from mfext_kernels import self_check  # noqa: E402
 
 SHAPES = {256: 8, 512: 8, 1024: 2, 2048: 1}  # length: batch
@@ -113,9 +113,9 @@ def dense_models() -> Iterator[Figure]:
 def growth() -> Iterator[Figure]:
     """Target 8: a growth step in which only new experts and routers train against a full step of the same model.
 
-    The target is of the published form (compete), in which it was set: a token chooses as many experts among old and new
-    ones. Gated, and the gate held open on every token, new experts come on top of those it chose before; that step is
-    reported beside it, since counted in floating-point operations it is 0.82 of a full one.
+    The target is of the published form (compete), in which it was set: a token chooses as many experts among old and
+    new ones. Gated, and the gate held open on every token, new experts come on top of those it chose before; that step
+    is reported beside it, since counted in floating-point operations it is 0.82 of a full one.
     """
     ids, targets = (torch.randint(0, 512, (SHAPES[256], 256)) for _ in range(2))
     for growth in (rivals.NEW_IN_THE_SOFTMAX, rivals.NEW_EXPERTS):

@@ -135,7 +135,8 @@ def _ops(shape: Shape) -> Iterator[Figure]:
 def _grown(shape: Shape) -> Figure:
     ids_BT, targets_BT = (torch.randint(0, shape.config.vocab_size, (shape.batch, shape.length)) for _ in range(2))
     new_only, everything = growth_steps(shape.config, NEW_IN_THE_SOFTMAX, ids_BT, targets_BT)
-    return _at_most("growth step, only new experts and routers train / full step", new_only, everything, 2, GROWTH_AT_MOST)
+    what = "growth step, only new experts and routers train / full step"
+    return _at_most(what, new_only, everything, 2, GROWTH_AT_MOST)
 
 
 def _decoded(shape: Shape, rivals: Mapping[str, ModelConfig]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a verb has freed is not given back to the system and taken anew."""
+"""What a verb has freed is not given back to the system and taken anew, and idle threads sleep."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from mfext.memory import keep_freed_memory
+from mfext.process import keep_freed_memory, wait_without_spinning
 
 PAGES = 2048  # of one block: 8 MiB where a page has 4 KiB
 USE = f"""
 import resource, sys
-from mfext.memory import keep_freed_memory
+from mfext.process import keep_freed_memory
 
 def use():
     blocks = [bytearray({PAGES} * resource.getpagesize()) for _ in range(8)]
@@ -44,3 +44,13 @@ def test_what_was_freed_is_used_again_without_page_faults() -> None:
 def test_what_the_user_has_chosen_stays() -> None:
     assert not keep_freed_memory({"MALLOC_TRIM_THRESHOLD_": "1000"})
     assert not keep_freed_memory({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000"})
+
+
+def test_idle_threads_sleep_unless_the_user_has_chosen() -> None:
+    environment: dict[str, str] = {}
+    wait_without_spinning(environment)
+    assert int(environment["GOMP_SPINCOUNT"]) <= 10_000
+    for chosen in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        environment = dict(chosen)
+        wait_without_spinning(environment)
+        assert environment == chosen
