@@ -29,7 +29,7 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def wait_without_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let torch's idle threads sleep after some ten microseconds, where they spin for milliseconds; before torch is imported.
+    """Let torch's idle threads sleep soon, where they spin for milliseconds; to be called before torch is imported.
 
     Compiled kernels have threads of their own, and a spinning thread takes a core from one of them: with two threads on
     two cores a train step takes 375 ms in place of 490 (config S, batch 8 x 256, 2026-11). A user's choice stays.
