@@ -10,7 +10,7 @@
 #define ROWS 8
 #elif defined(__AVX__)
 #define LANES 8
-#define ROWS 4
+#define ROWS 6
 #else
 #define LANES 4
 #define ROWS 4
@@ -19,11 +19,11 @@
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
-/* `rows` (at most ROWS) of out by `columns` (at most COLUMNS) vectors, all of them in registers; both are constants where
- * it is inlined. Number p of row m of a lies at row[m][p * along], or where `steps` is given at row[m][steps[p] * along]. */
+/* `rows` of out by `columns` (at most COLUMNS) vectors, all of them in registers; both are constants where it is inlined.
+ * Number p of row m of a lies at row[m][p * along]. */
 static inline __attribute__((always_inline)) void meet(const int rows, const int columns, float *out, int64_t out_row,
-                                                       const float *const *row, const int64_t *steps, int64_t along,
-                                                       const float *b, int64_t b_row, int64_t inner, int add) {
+                                                       const float *const *row, int64_t along, const float *b, int64_t b_row,
+                                                       int64_t inner, int add) {
     Vector sums[ROWS][COLUMNS];
     const float *a[ROWS];
 #pragma GCC unroll 8
@@ -33,13 +33,12 @@ static inline __attribute__((always_inline)) void meet(const int rows, const int
         for (int n = 0; n < columns; n++) sums[m][n] = add ? *(const Vector *)(out + m * out_row + n * LANES) : (Vector){0};
     }
     for (int64_t p = 0; p < inner; p++, b += b_row) {
-        const int64_t at = (steps ? steps[p] : p) * along;
         Vector right[COLUMNS];
 #pragma GCC unroll 2
         for (int n = 0; n < columns; n++) right[n] = *(const Vector *)(b + n * LANES);
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
-            const float left = a[m][at];
+            const float left = a[m][p * along];
 #pragma GCC unroll 2
             for (int n = 0; n < columns; n++) sums[m][n] += left * right[n];
         }
@@ -48,4 +47,21 @@ static inline __attribute__((always_inline)) void meet(const int rows, const int
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 2
         for (int n = 0; n < columns; n++) *(Vector *)(out + m * out_row + n * LANES) = sums[m][n];
+}
+
+/* The same of fewer rows than ROWS. */
+static inline __attribute__((always_inline)) void meet_fewer(int rows, const int columns, float *out, int64_t out_row,
+                                                             const float *const *row, int64_t along, const float *b,
+                                                             int64_t b_row, int64_t inner, int add) {
+    switch (rows) {
+#define OF(count) case count: meet(count, columns, out, out_row, row, along, b, b_row, inner, add); break;
+        OF(1) OF(2) OF(3)
+#if ROWS > 4
+        OF(4) OF(5)
+#endif
+#if ROWS > 6
+        OF(6) OF(7)
+#endif
+#undef OF
+    }
 }

@@ -30,7 +30,7 @@ ARGUMENTS = {  # pointers, numbers
     "mfext_feed_forward": (8, 5),
     "mfext_feed_forward_backward": (12, 5),
 }
-AT_ONCE, WIDEST_STRIP = 512, 32  # as in experts.c and small_products.h
+AT_ONCE, WIDEST_STRIP, MOST_ROWS = 512, 32, 8  # as in experts.c and small_products.h
 WORTH_A_THREAD = 1 << 21  # multiplications
 COPIED_BY_A_THREAD = 1 << 18  # numbers
 
@@ -228,7 +228,7 @@ def _matrices_of_rows(
     pointers = [_pointer(each) for each in given]
 
     def run(first: int, last: int) -> None:
-        room = _room(min(AT_ONCE, rows) * WIDEST_STRIP)
+        room = _room(AT_ONCE * (WIDEST_STRIP + last - first + MOST_ROWS))
         call(*pointers, room.data_ptr(), dispatch.num_experts, tall, wide, first, last)
 
     in_parts(tall, run, rows * tall * wide // WORTH_A_THREAD)

@@ -26,21 +26,19 @@
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The first `columns` of a strip's, of `count` rows (at most ROWS): as `meet` with b a strip. */
-static void meet_strip(int count, float *out, int64_t out_row, int64_t columns, const float *const *row, const int64_t *steps,
-                       int64_t along, const float *strip, int64_t inner, int add) {
-    if (count == ROWS && columns >= STRIP_WIDTH) {
-        if (steps) meet(ROWS, COLUMNS, out, out_row, row, steps, along, strip, STRIP_WIDTH, inner, add);
-        else meet(ROWS, COLUMNS, out, out_row, row, NULL, 1, strip, STRIP_WIDTH, inner, add);
-        return;
-    }
-    const int64_t wide = least(columns, STRIP_WIDTH);
-    for (int m = 0; m < count; m++, out += out_row) {
-        float part[STRIP_WIDTH] = {0};
-        if (add) memcpy(part, out, sizeof(float) * wide);
-        meet(1, COLUMNS, part, 0, row + m, steps, steps ? along : 1, strip, STRIP_WIDTH, inner, add);
-        memcpy(out, part, sizeof(float) * wide);
-    }
+/* As `meet` of `count` rows (at most ROWS) with b a strip, of which the first `columns` are meant. */
+static void meet_strip(int64_t count, float *out, int64_t out_row, int64_t columns, const float *const *row, int64_t along,
+                       const float *strip, int64_t inner, int add) {
+    float part[ROWS * STRIP_WIDTH];
+    const int whole = columns >= STRIP_WIDTH;
+    float *to = whole ? out : part;
+    const int64_t to_row = whole ? out_row : STRIP_WIDTH;
+    if (!whole && add)
+        for (int64_t m = 0; m < count; m++) memcpy(part + m * STRIP_WIDTH, out + m * out_row, sizeof(float) * columns);
+    if (count == ROWS) meet(ROWS, COLUMNS, to, to_row, row, along, strip, STRIP_WIDTH, inner, add);
+    else meet_fewer((int)count, COLUMNS, to, to_row, row, along, strip, STRIP_WIDTH, inner, add);
+    if (!whole)
+        for (int64_t m = 0; m < count; m++) memcpy(out + m * out_row, part + m * STRIP_WIDTH, sizeof(float) * columns);
 }
 
 #if defined(__AVX512F__) && !defined(__clang__)
@@ -115,7 +113,7 @@ static void rows_by_matrix(float *out, const float *rows, const int64_t *index, 
                 const int64_t number = first + least(m + i, count - 1);
                 row[i] = rows + (index ? index[number] : number) * inner;
             }
-            meet_strip((int)least(ROWS, count - m), out + m * wide + n, wide, wide - n, row, NULL, 1, strip, inner, 0);
+            meet_strip(least(ROWS, count - m), out + m * wide + n, wide, wide - n, row, 1, strip, inner, 0);
         }
     }
 }
@@ -134,18 +132,33 @@ int64_t mfext_rows_by_matrices(float *out, const float *rows, const int64_t *ind
     return 2 * (last - first) * inner * wide;
 }
 
+/* Columns first .. last - 1 of rows low .. low + count - 1, as panels (count, ROWS) of ROWS columns each. */
+static void take_panels(float *panel, const float *rows, const int64_t *index, int64_t width, int64_t low, int64_t count,
+                        int64_t first, int64_t last) {
+    for (int64_t r = 0; r < count; r++) {
+        const float *row = rows + (index ? index[low + r] : low + r) * width;
+        float *to = panel + r * ROWS;
+        for (int64_t m = first; m < last; m += ROWS, to += count * ROWS) {
+            if (m + ROWS <= last) memcpy(to, row + m, sizeof(float) * ROWS);
+            else memcpy(to, row + m, sizeof(float) * (last - m));
+        }
+    }
+}
+
 /* Of the gradients (tall, wide) of matrices, rows first .. last - 1 of each: the sum over an expert's rows r of
- * left[r]^T right[r], times scales[r] where given. Where sums[e] is NULL nobody asks. `room`: AT_ONCE strips. */
+ * left[r]^T right[r], times scales[r] where given. Where sums[e] is NULL nobody asks. `room`: AT_ONCE strips, and as many
+ * numbers of each of those rows of a gradient, in whole ROWS. */
 int64_t mfext_matrices_of_rows(float *const *sums, const float *left, const int64_t *left_index, const float *right,
                                const int64_t *right_index, const float *scales, const int32_t *bounds, float *room, int64_t experts,
                                int64_t tall, int64_t wide, int64_t first, int64_t last) {
-    int64_t done = 0, order[AT_ONCE];
+    float *panels = room + AT_ONCE * STRIP_WIDTH;
+    int64_t done = 0;
     for (int64_t e = 0; e < experts; e++) {
         if (!sums[e]) continue;
         done += 2 * (bounds[e + 1] - bounds[e]) * (last - first) * wide;
         for (int64_t low = bounds[e], begun = 0; low < bounds[e + 1] || !begun; low += AT_ONCE, begun = 1) {
             const int64_t count = least(AT_ONCE, bounds[e + 1] - low);
-            for (int64_t r = 0; r < count; r++) order[r] = left_index ? left_index[low + r] : low + r;
+            take_panels(panels, left, left_index, tall, low, count, first, last);
             for (int64_t n = 0; n < wide; n += STRIP_WIDTH) {
                 const int64_t columns = least(STRIP_WIDTH, wide - n);
                 for (int64_t r = 0; r < count; r++) {
@@ -160,9 +173,8 @@ int64_t mfext_matrices_of_rows(float *const *sums, const float *left, const int6
                 }
                 for (int64_t m = first; m < last; m += ROWS) {
                     const float *column[ROWS];
-                    for (int i = 0; i < ROWS; i++) column[i] = left + least(m + i, last - 1);
-                    meet_strip((int)least(ROWS, last - m), sums[e] + m * wide + n, wide, wide - n, column, order, tall, room, count,
-                              begun != 0);
+                    for (int i = 0; i < ROWS; i++) column[i] = panels + (m - first) * count + i;
+                    meet_strip(least(ROWS, last - m), sums[e] + m * wide + n, wide, wide - n, column, ROWS, room, count, begun != 0);
                 }
             }
         }

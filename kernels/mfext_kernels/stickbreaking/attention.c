@@ -39,19 +39,16 @@ static void multiply(float *out, int out_row, const float *a, int a_row, int a_c
                      int columns, int inner, int add) {
     for (int n = 0, step; n < columns; n += step * LANES) {
         step = columns - n >= COLUMNS * LANES ? COLUMNS : 1;
-        for (int m = 0; m < rows;) {
+        for (int m = 0; m < rows; m += ROWS) {
             const float *row[ROWS];
             float *to = out + (int64_t)m * out_row + n;
+            const int count = rows - m;
             for (int i = 0; i < ROWS; i++) row[i] = a + (int64_t)(m + i) * a_row;
-            if (m + ROWS > rows) {
-                if (step == COLUMNS) meet(1, COLUMNS, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
-                else meet(1, 1, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
-                m++;
-            } else {
-                if (step == COLUMNS) meet(ROWS, COLUMNS, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
-                else meet(ROWS, 1, to, out_row, row, NULL, a_column, b + n, b_row, inner, add);
-                m += ROWS;
-            }
+#define MEET(columns)                                                                                                  \
+    if (count >= ROWS) meet(ROWS, columns, to, out_row, row, a_column, b + n, b_row, inner, add);                      \
+    else meet_fewer(count, columns, to, out_row, row, a_column, b + n, b_row, inner, add);
+            if (step == COLUMNS) { MEET(COLUMNS) } else { MEET(1) }
+#undef MEET
         }
     }
 }
