@@ -3,6 +3,7 @@
  * Rows of b and out are contiguous and walked in vectors; a is read number by number, wherever its rows lie. A number of
  * out is summed in the order of P, whatever M and N are. Built with contracted multiplications and additions, where the
  * processor has them. */
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(__AVX512F__)
@@ -20,10 +21,11 @@
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
 /* `rows` of out by `columns` (at most COLUMNS) vectors, all of them in registers; both are constants where it is inlined.
- * Number p of row m of a lies at row[m][p * along]. */
+ * Number p of row m of a lies at row[m][p * along]. Where `keep` is given, what is read of b is left there in one piece;
+ * from `ahead`, where given, a line is fetched at every p, `step` numbers apart. */
 static inline __attribute__((always_inline)) void meet(const int rows, const int columns, float *out, int64_t out_row,
                                                        const float *const *row, int64_t along, const float *b, int64_t b_row,
-                                                       int64_t inner, int add) {
+                                                       int64_t inner, int add, float *keep, const float *ahead, int64_t step) {
     Vector sums[ROWS][COLUMNS];
     const float *a[ROWS];
 #pragma GCC unroll 8
@@ -36,6 +38,11 @@ static inline __attribute__((always_inline)) void meet(const int rows, const int
         Vector right[COLUMNS];
 #pragma GCC unroll 2
         for (int n = 0; n < columns; n++) right[n] = *(const Vector *)(b + n * LANES);
+        if (keep) {
+#pragma GCC unroll 2
+            for (int n = 0; n < columns; n++, keep += LANES) *(Vector *)keep = right[n];
+        }
+        if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += step;
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
             const float left = a[m][p * along];
@@ -49,19 +56,20 @@ static inline __attribute__((always_inline)) void meet(const int rows, const int
         for (int n = 0; n < columns; n++) *(Vector *)(out + m * out_row + n * LANES) = sums[m][n];
 }
 
-/* The same of fewer rows than ROWS. */
-static inline __attribute__((always_inline)) void meet_fewer(int rows, const int columns, float *out, int64_t out_row,
+/* The same of at most ROWS rows. */
+static inline __attribute__((always_inline)) void meet_up_to(int64_t rows, const int columns, float *out, int64_t out_row,
                                                              const float *const *row, int64_t along, const float *b,
-                                                             int64_t b_row, int64_t inner, int add) {
+                                                             int64_t b_row, int64_t inner, int add, const float *ahead,
+                                                             int64_t step) {
+#define OF(count) case count: meet(count, columns, out, out_row, row, along, b, b_row, inner, add, NULL, ahead, step); break;
     switch (rows) {
-#define OF(count) case count: meet(count, columns, out, out_row, row, along, b, b_row, inner, add); break;
-        OF(1) OF(2) OF(3)
+        OF(1) OF(2) OF(3) OF(4)
 #if ROWS > 4
-        OF(4) OF(5)
+        OF(5) OF(6)
 #endif
 #if ROWS > 6
-        OF(6) OF(7)
+        OF(7) OF(8)
 #endif
-#undef OF
     }
+#undef OF
 }

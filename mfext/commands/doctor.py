@@ -167,12 +167,14 @@ def _kernels(
     from mfext_kernels import decode_step, products
     from mfext_kernels.checks import self_check
     from mfext_kernels.grouped_linear import compiled as experts
+    from mfext_kernels.routing import compiled as routing
     from mfext_kernels.stickbreaking import compiled as attention
 
     checks = self_check()
     machine["compiled_decode_step"] = decode_step.explain()
     machine["compiled_attention"] = attention.explain()
     machine["compiled_experts"] = experts.explain()
+    machine["compiled_routing"] = routing.explain()
     machine["cpu_products"] = products.explain()
     problems += [f"wrong kernel: {check.detail}" for check in checks if not check.passed]
     return [asdict(check) for check in checks]

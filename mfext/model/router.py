@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mfext.config import RouterKind
 from mfext.model.linear import Linear
 from mfext_kernels.products import linear
-from mfext_kernels.routing import Dispatch, make_dispatch
+from mfext_kernels.routing import Dispatch, make_dispatch, top_k
 
 SiteKind = Literal["attention", "feedforward"]
 
@@ -84,7 +84,7 @@ def route(
 ) -> Routing:
     """Choose the `num_chosen` most probable experts of every token; with `has_null` the last column is one of them."""
     log_probs_ME = F.log_softmax(logits_ME, dim=-1)
-    top_log_probs_MK, experts_MK = log_probs_ME.topk(num_chosen, dim=-1)
+    top_log_probs_MK, experts_MK = top_k(log_probs_ME, num_chosen)
     return Routing(site, generation, experts_MK, top_log_probs_MK.exp(), log_probs_ME, logits_ME, tokens_M, has_null)
 
 
@@ -100,7 +100,7 @@ def route_preserving(logits_ME: Tensor, stack_sizes: Sequence[int], num_chosen: 
     base_log_probs_MB = F.log_softmax(base_MB, dim=-1)
     with torch.no_grad():
         newer = logits_ME[:, stack_sizes[0] :] - base_MB.logsumexp(-1, keepdim=True)
-        experts_MK = torch.cat([base_log_probs_MB, newer], dim=-1).topk(num_chosen, dim=-1).indices
+        _, experts_MK = top_k(torch.cat([base_log_probs_MB, newer], dim=-1), num_chosen)
     log_gates, end = [base_log_probs_MB], stack_sizes[0]
     log_probs_ME = base_log_probs_MB
     for size in stack_sizes[1:]:

@@ -228,7 +228,7 @@ def _matrices_of_rows(
     pointers = [_pointer(each) for each in given]
 
     def run(first: int, last: int) -> None:
-        room = _room(AT_ONCE * (WIDEST_STRIP + last - first + MOST_ROWS))
+        room = _room(min(AT_ONCE, rows) * (WIDEST_STRIP + last - first + MOST_ROWS))
         call(*pointers, room.data_ptr(), dispatch.num_experts, tall, wide, first, last)
 
     in_parts(tall, run, rows * tall * wide // WORTH_A_THREAD)

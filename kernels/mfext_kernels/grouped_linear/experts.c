@@ -14,9 +14,8 @@
 #include <string.h>
 
 #define STRIP_WIDTH (COLUMNS * LANES)
-#define LINE 16        /* numbers fetched together */
-#define MOST_AHEAD 256 /* lines of the next matrix fetched while ROWS rows meet a strip */
-#define AHEAD 8        /* rows fetched before they are wanted */
+#define LINE 16     /* numbers fetched together */
+#define AHEAD 8     /* rows fetched before they are wanted */
 #define AT_ONCE 512 /* rows: their hidden numbers stay in second-level cache between two products */
 
 /* tanh-gelu is x s(z) with s the sigmoid and z = 2 sqrt(2/pi) (x + 0.044715 x^3). */
@@ -28,20 +27,19 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* As `meet` of `count` rows (at most ROWS) with b a strip, of which the first `columns` are meant. */
 static void meet_strip(int64_t count, float *out, int64_t out_row, int64_t columns, const float *const *row, int64_t along,
-                       const float *strip, int64_t inner, int add) {
+                       const float *strip, int64_t inner, int add, const float *ahead, int64_t step) {
     float part[ROWS * STRIP_WIDTH];
     const int whole = columns >= STRIP_WIDTH;
     float *to = whole ? out : part;
     const int64_t to_row = whole ? out_row : STRIP_WIDTH;
     if (!whole && add)
         for (int64_t m = 0; m < count; m++) memcpy(part + m * STRIP_WIDTH, out + m * out_row, sizeof(float) * columns);
-    if (count == ROWS) meet(ROWS, COLUMNS, to, to_row, row, along, strip, STRIP_WIDTH, inner, add);
-    else meet_fewer((int)count, COLUMNS, to, to_row, row, along, strip, STRIP_WIDTH, inner, add);
+    meet_up_to(count, COLUMNS, to, to_row, row, along, strip, STRIP_WIDTH, inner, add, ahead, step);
     if (!whole)
         for (int64_t m = 0; m < count; m++) memcpy(out + m * out_row, part + m * STRIP_WIDTH, sizeof(float) * columns);
 }
 
-#if defined(__AVX512F__) && !defined(__clang__)
+#if defined(__AVX2__) && !defined(__clang__)
 typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
 
 /* LANES by LANES numbers turned over, in registers. */
@@ -98,22 +96,26 @@ static void take_strip(float *strip, const float *matrix, int64_t inner, int64_t
     }
 }
 
-/* `count` rows, from row `first` on, of one expert: out (count, wide). */
+/* `count` rows, from row `first` on, of one expert: out (count, wide). The first rows meet a strip where it lies and leave
+ * a copy; the matrix to come, `next` or NULL, is fetched little by little. */
 static void rows_by_matrix(float *out, const float *rows, const int64_t *index, int64_t first, int64_t count, const float *matrix,
                            int64_t inner, int64_t wide, int turned, const float *next, float *strip) {
-    const int64_t lines = inner * wide / LINE, calls = (count + ROWS - 1) / ROWS * ((wide + STRIP_WIDTH - 1) / STRIP_WIDTH);
-    const int64_t a_call = least((lines + calls - 1) / calls, MOST_AHEAD);
-    for (int64_t n = 0, line = 0; n < wide; n += STRIP_WIDTH) {
-        take_strip(strip, matrix, inner, wide, n, turned);
-        for (int64_t m = 0; m < count; m += ROWS) {
-            if (next)
-                for (const int64_t end = least(lines, line + a_call); line < end; line++) __builtin_prefetch(next + line * LINE, 0, 2);
+    const int64_t calls = (count + ROWS - 1) / ROWS * ((wide + STRIP_WIDTH - 1) / STRIP_WIDTH);
+    const int64_t step = next ? least((wide + calls - 1) / calls, LINE) : 0;
+    for (int64_t n = 0, fetched = 0; n < wide; n += STRIP_WIDTH) {
+        const int whole = wide - n >= STRIP_WIDTH, lies = whole && !turned && count >= ROWS;
+        if (!lies) take_strip(strip, matrix, inner, wide, n, turned);
+        for (int64_t m = 0; m < count; m += ROWS, fetched += step * inner) {
+            const int more = fetched + step * inner <= inner * wide;
+            const float *ahead = next && more ? next + fetched : strip;
             const float *row[ROWS];
+            float *to = out + m * wide + n;
             for (int i = 0; i < ROWS; i++) {
                 const int64_t number = first + least(m + i, count - 1);
                 row[i] = rows + (index ? index[number] : number) * inner;
             }
-            meet_strip(least(ROWS, count - m), out + m * wide + n, wide, wide - n, row, 1, strip, inner, 0);
+            if (lies && !m) meet(ROWS, COLUMNS, to, wide, row, 1, matrix + n, wide, inner, 0, strip, ahead, more ? step : 0);
+            else meet_strip(least(ROWS, count - m), to, wide, wide - n, row, 1, strip, inner, 0, ahead, more ? step : 0);
         }
     }
 }
@@ -146,12 +148,12 @@ static void take_panels(float *panel, const float *rows, const int64_t *index, i
 }
 
 /* Of the gradients (tall, wide) of matrices, rows first .. last - 1 of each: the sum over an expert's rows r of
- * left[r]^T right[r], times scales[r] where given. Where sums[e] is NULL nobody asks. `room`: AT_ONCE strips, and as many
- * numbers of each of those rows of a gradient, in whole ROWS. */
+ * left[r]^T right[r], times scales[r] where given. Where sums[e] is NULL nobody asks. `room`: for at most
+ * AT_ONCE of the R rows a row of a strip, and a number of each of those rows of a gradient, in whole ROWS. */
 int64_t mfext_matrices_of_rows(float *const *sums, const float *left, const int64_t *left_index, const float *right,
                                const int64_t *right_index, const float *scales, const int32_t *bounds, float *room, int64_t experts,
                                int64_t tall, int64_t wide, int64_t first, int64_t last) {
-    float *panels = room + AT_ONCE * STRIP_WIDTH;
+    float *panels = room + least(AT_ONCE, bounds[experts]) * STRIP_WIDTH;
     int64_t done = 0;
     for (int64_t e = 0; e < experts; e++) {
         if (!sums[e]) continue;
@@ -174,7 +176,8 @@ int64_t mfext_matrices_of_rows(float *const *sums, const float *left, const int6
                 for (int64_t m = first; m < last; m += ROWS) {
                     const float *column[ROWS];
                     for (int i = 0; i < ROWS; i++) column[i] = panels + (m - first) * count + i;
-                    meet_strip(least(ROWS, last - m), sums[e] + m * wide + n, wide, wide - n, column, ROWS, room, count, begun != 0);
+                    meet_strip(least(ROWS, last - m), sums[e] + m * wide + n, wide, wide - n, column, ROWS, room, count, begun != 0,
+                               NULL, 0);
                 }
             }
         }

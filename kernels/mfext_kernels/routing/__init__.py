@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FEW_ROWS = 32
+from mfext_kernels.routing import compiled
+
 SHORT = 1 << 15  # expert numbers that fit 16 bits sort in a quarter of the passes over the rows on a GPU
 
 
@@ -56,12 +56,15 @@ def make_dispatch(experts_NK: Tensor, num_experts: int) -> Dispatch:
         )
     num_tokens, num_chosen = experts_NK.shape
     on_cpu = experts_NK.device.type == "cpu"
-    if experts_NK.numel() <= FEW_ROWS and on_cpu:
-        return _dispatch_few(experts_NK.reshape(-1).tolist(), (num_tokens, num_chosen), num_experts)
+    if on_cpu and compiled.available():
+        made = compiled.sort_rows(experts_NK, num_experts)
+        if made is None:
+            raise ValueError(_out_of_range(num_experts, int(experts_NK.min()), int(experts_NK.max())))
+        return Dispatch(*made, num_tokens, num_chosen)
     with torch.no_grad():
         flat_R = experts_NK.reshape(-1)
         chosen_R, order_R = torch.sort(flat_R if on_cpu or num_experts > SHORT else flat_R.short(), stable=True)
-        if on_cpu and (int(chosen_R[0]) < 0 or int(chosen_R[-1]) >= num_experts):
+        if on_cpu and chosen_R.numel() and (int(chosen_R[0]) < 0 or int(chosen_R[-1]) >= num_experts):
             raise ValueError(_out_of_range(num_experts, int(chosen_R[0]), int(chosen_R[-1])))
         experts_E1 = torch.arange(num_experts + 1, dtype=chosen_R.dtype, device=chosen_R.device)
         bounds_E1 = torch.searchsorted(chosen_R, experts_E1, out_int32=True)
@@ -71,19 +74,16 @@ def make_dispatch(experts_NK: Tensor, num_experts: int) -> Dispatch:
     return Dispatch(order_R, inverse_R, tokens_R, bounds_E1, num_tokens, num_chosen)
 
 
-def _dispatch_few(chosen: list[int], shape: tuple[int, int], num_experts: int) -> Dispatch:
-    """The same for a handful of rows (decoding), where one tensor operation costs more than all of Python's."""
-    if chosen and (min(chosen) < 0 or max(chosen) >= num_experts):
-        raise ValueError(_out_of_range(num_experts, min(chosen), max(chosen)))
-    order = sorted(range(len(chosen)), key=chosen.__getitem__)
-    inverse, sizes = [0] * len(order), [0] * num_experts
-    for row, flat in enumerate(order):
-        inverse[flat] = row
-        sizes[chosen[flat]] += 1
-    table = torch.tensor([order, inverse, [flat // shape[1] for flat in order]], dtype=torch.int64)
-    order_R, inverse_R, tokens_R = table.unbind(0)
-    bounds_E1 = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
-    return Dispatch(order_R, inverse_R, tokens_R, bounds_E1, *shape)
+def top_k(scores_NE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+    """The `num_chosen` greatest scores of each row (N, E), the greatest first, and their places, both (N, K).
+
+    The scores are differentiated. On a CPU with a compiler the earlier of equal scores come first; elsewhere the order
+    is torch.topk's, which promises none. Raises RuntimeError for more than E.
+    """
+    if not compiled.chooses(scores_NE, num_chosen):
+        return torch.topk(scores_NE, num_chosen, dim=-1)
+    experts_NK = compiled.top_k(scores_NE, num_chosen)
+    return scores_NE.gather(-1, experts_NK), experts_NK
 
 
 def _out_of_range(num_experts: int, least: int, greatest: int) -> str:

@@ -34,6 +34,8 @@ typedef struct {
     int32_t since[MOST_ROWS], until[MOST_ROWS]; /* and each these */
 } Block;
 
+static int least(int a, int b) { return a < b ? a : b; }
+
 /* out (rows, columns) = or += a (rows, inner), of any strides, times b (inner, columns), whole vectors of columns. */
 static void multiply(float *out, int out_row, const float *a, int a_row, int a_column, const float *b, int b_row, int rows,
                      int columns, int inner, int add) {
@@ -41,21 +43,16 @@ static void multiply(float *out, int out_row, const float *a, int a_row, int a_c
         step = columns - n >= COLUMNS * LANES ? COLUMNS : 1;
         for (int m = 0; m < rows; m += ROWS) {
             const float *row[ROWS];
+            const int count = least(ROWS, rows - m);
             float *to = out + (int64_t)m * out_row + n;
-            const int count = rows - m;
             for (int i = 0; i < ROWS; i++) row[i] = a + (int64_t)(m + i) * a_row;
-#define MEET(columns)                                                                                                  \
-    if (count >= ROWS) meet(ROWS, columns, to, out_row, row, a_column, b + n, b_row, inner, add);                      \
-    else meet_fewer(count, columns, to, out_row, row, a_column, b + n, b_row, inner, add);
-            if (step == COLUMNS) { MEET(COLUMNS) } else { MEET(1) }
-#undef MEET
+            if (step == COLUMNS) meet_up_to(count, COLUMNS, to, out_row, row, a_column, b + n, b_row, inner, add, NULL, 0);
+            else meet_up_to(count, 1, to, out_row, row, a_column, b + n, b_row, inner, add, NULL, 0);
         }
     }
 }
 
 static int padded(int count) { return (count + LANES - 1) / LANES * LANES; }
-
-static int least(int a, int b) { return a < b ? a : b; }
 
 static int most_rows(const Shape *shape) { return padded(least(QUERIES, shape->queries) * shape->chosen); }
 
