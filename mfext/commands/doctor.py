@@ -164,7 +164,7 @@ def _kernels(
 ) -> list[dict[str, object]]:
     if packages["torch"] is None or any(text.startswith("torch does not load") for text in problems):
         return []
-    from mfext_kernels import decode_step, products
+    from mfext_kernels import decode_step, gate_step, products
     from mfext_kernels.checks import self_check
     from mfext_kernels.grouped_linear import compiled as experts
     from mfext_kernels.routing import compiled as routing
@@ -172,6 +172,7 @@ def _kernels(
 
     checks = self_check()
     machine["compiled_decode_step"] = decode_step.explain()
+    machine["compiled_gate_step"] = gate_step.explain()
     machine["compiled_attention"] = attention.explain()
     machine["compiled_experts"] = experts.explain()
     machine["compiled_routing"] = routing.explain()

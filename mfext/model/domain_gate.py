@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfext.config_gate import DomainGateConfig
+from mfext_kernels.gate_step import GateTensors, applies, gate_step
 
 CHUNK = 32
 
@@ -92,6 +93,10 @@ class DomainGate(nn.Module):
         if self.output.weight.requires_grad:
             self._held = ()
         state = self.new_state(batch) if state is None else state
+        if length == 1 and applies(tensors := self._tensors(), ids_B := input_ids_BT[:, 0]):
+            reach_B = offset - starts_BT[:, 0]
+            logits_B, tail_BWE, sums_MBC = gate_step(tensors, ids_B, reach_B, state.tail_BWE, state.sums_MBC)
+            return logits_B.unsqueeze(1), GateState(tail_BWE, sums_MBC)
         width = self.config.convolution_width
         positions_T = torch.arange(offset, offset + length, device=input_ids_BT.device)
         reach_BT = positions_T - starts_BT
@@ -105,6 +110,16 @@ class DomainGate(nn.Module):
         hidden_BTH, sums = hidden(features_BTC, reach_BT, state.sums_MBC)
         logits_BT = self.output(F.gelu(hidden_BTH)).squeeze(-1)
         return logits_BT, GateState(padded[:, padded.shape[1] - (width - 1) :].detach(), sums.detach())
+
+    def _tensors(self) -> GateTensors:
+        convolution, hidden, output = self.convolution, self.hidden, self.output
+        return GateTensors(
+            self.embedding.weight,
+            *(convolution.weight, convolution.bias),
+            *(hidden.weight, hidden.bias),
+            *(output.weight, output.bias),
+            _decays(self.config.decays, output.weight.dtype, output.weight.device),
+        )
 
     def _hidden(self, features_BTC: Tensor, reach_BT: Tensor, sums_MBC: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden layer (B, T, H) of the means over each document so far, and the sums at the last position.

@@ -6,8 +6,9 @@ That code rounds logits to float32 in its head and takes the cross-entropy there
 - `cross_entropy`: a float32 number near 5, so one float32 ulp (4.8e-7). Taken in float32 from rounded logits, as
   published, ours is the same float32 number on the machine where the vectors were checked; a float64 cross-entropy
   stays within that ulp plus the rounding of the logits.
-- gradients of `loss`: the published backward enters float64 through that float32 head, so ours must too;
-  through a float64 head they agree to 7e-8 relative only, through a float32 head to 9e-15.
+- gradients of `loss`: the published backward enters float64 through that float32 head, so ours does too. They agree to
+  9e-15 where torch's float32 exponentials are those of the machine the vectors come from (AVX-512), to 6e-8 where they
+  are others (AVX2), as through a float64 head: hence one float32 ulp of the largest.
 
 `aux_loss` never was float32 and holds to 1e-10, and so does `loss` less the stored cross-entropy.
 """
@@ -108,7 +109,7 @@ def test_gradients_of_every_parameter_are_the_published_ones(golden: Golden) -> 
         key = "grad." + published_name(name, golden.config)
         stored = golden.vectors[key].reshape(parameter.shape)
         assert parameter.grad is not None
-        assert (parameter.grad - stored).abs().max() <= 1e-8 * stored.abs().max(), name
+        assert (parameter.grad - stored).abs().max() <= FLOAT32_ULP * stored.abs().max(), name
         seen.add(key)
     assert seen == {key for key in golden.vectors if key.startswith("grad.")}
 

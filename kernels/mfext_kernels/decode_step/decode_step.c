@@ -7,6 +7,7 @@
  * their own, times a gate, for the rows they are open on; the other rows keep their bits. The residual stream x (rows, D)
  * is read and written in place; keys and values of the new position are appended to the cache. */
 #include "../exponential.h"
+#include "../row_products.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +16,6 @@
 #define KEYS 16                   /* passed at a time, from the newest on */
 #define GREATEST_LOGIT 60.0f       /* exp(-60) of a stick is none of it */
 #define LEAST_STICK 1.17549435e-38f /* what is left weighs less than the smallest normal number */
-#define CALLED __attribute__((noinline)) static /* inlined into one another, innermost loops reload spilled pointers */
 
 typedef struct {
     const float *norm_weight, *norm_bias;                    /* (D); of a generation: what is added to them, or NULL */
@@ -57,39 +57,6 @@ typedef struct {
     const int32_t *starts;
     const float *gates;
 } Step;
-
-static float dot(const float *a, const float *b, int n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* y (rows, out) = x (rows, in) W^T + bias, W (out, in), four outputs at a time; `bias` may be NULL. */
-CALLED void linear(float *y, const float *x, const float *w, const float *bias, int rows, int in, int out) {
-    int o = 0;
-    for (; o + 4 <= out; o += 4, w += 4 * (size_t)in) {
-        const float *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;
-        for (int row = 0; row < rows; row++) {
-            const float *from = x + (size_t)row * in;
-            float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-            for (int i = 0; i < in; i++) {
-                a += w[i] * from[i];
-                b += w1[i] * from[i];
-                c += w2[i] * from[i];
-                d += w3[i] * from[i];
-            }
-            float *to = y + (size_t)row * out + o;
-            to[0] = a, to[1] = b, to[2] = c, to[3] = d;
-        }
-    }
-    for (; o < out; o++, w += in)
-        for (int row = 0; row < rows; row++) y[(size_t)row * out + o] = dot(w, x + (size_t)row * in, in);
-    if (bias)
-        for (int row = 0; row < rows; row++)
-            for (int i = 0; i < out; i++) y[(size_t)row * out + i] += bias[i];
-}
 
 /* Some rows of a matrix: number i is base + width * (numbers ? numbers[i] : i). */
 typedef struct {
