@@ -67,12 +67,15 @@ typedef struct {
 
 static float *pick(const Rows *rows, int i) { return rows->base + (size_t)rows->width * (rows->numbers ? rows->numbers[i] : i); }
 
-/* y[i] (out) += scales[i] * x[i] (in) W (in, out) for each of `count` rows, four rows of W at a time; scales NULL: 1. */
-CALLED void add_products(Rows y, Rows x, const float *w, const float *scales, int count) {
+/* y[i] (out) += scales[i] * x[i] (in) W (in, out) for each of `count` rows, four rows of W at a time; scales NULL: 1.
+ * `next`: the matrix read after W, or NULL. */
+CALLED void add_products(Rows y, Rows x, const float *w, const float *scales, int count, const float *next) {
     const int in = x.width, out = y.width;
+    const float *end = w + (size_t)in * out;
     int row = 0;
     for (; row + 4 <= in; row += 4, w += 4 * (size_t)out) {
         const float *w1 = w + out, *w2 = w1 + out, *w3 = w2 + out;
+        fetch_ahead(w, end, next, 4 * out);
         for (int n = 0; n < count; n++) {
             const float *from = pick(&x, n) + row, scale = scales ? scales[n] : 1;
             const float a = scale * from[0], b = scale * from[1], c = scale * from[2], d = scale * from[3];
@@ -153,12 +156,12 @@ typedef struct {
  * among equals. */
 static void route(const Room *room, const Site *site, const Shape *shape, int rows, const float *gates) {
     const int num_experts = site->num_experts, d_router = shape->d_router, chosen = site->chosen, picks = rows * chosen;
-    linear(room->hidden, room->normed, site->hidden_weight, site->hidden_bias, rows, shape->d_model, d_router);
+    linear(room->hidden, room->normed, site->hidden_weight, site->hidden_bias, rows, shape->d_model, d_router, site->output_weight);
     for (int i = 0; i < rows * d_router; i++) {
         const float h = room->hidden[i];
         room->hidden[i] = 0.5f * h * (1 + erff(h * 0.70710678118654752f));
     }
-    linear(room->probability, room->hidden, site->output_weight, NULL, rows, d_router, num_experts);
+    linear(room->probability, room->hidden, site->output_weight, NULL, rows, d_router, num_experts, NULL);
     memset(room->begins, 0, sizeof(int32_t) * (num_experts + 1));
     for (int row = 0; row < rows; row++) {
         const size_t at = (size_t)row * chosen;
@@ -184,7 +187,7 @@ CALLED void attend(float *o, const float *q, const float *keys, const float *val
     float taken[KEYS], kept[KEYS], stick = 1;
     for (int end = position + 1; end > start && !(stick < LEAST_STICK); end -= KEYS) {
         const int first = end - KEYS > start ? end - KEYS : start, count = end - first;
-        linear(taken, q, keys + (size_t)first * width, NULL, 1, width, count);
+        linear(taken, q, keys + (size_t)first * width, NULL, 1, width, count, NULL);
 #pragma omp simd
         for (int i = 0; i < count; i++) {
             const float l = scale * taken[i], low = -fabsf(l);
@@ -197,7 +200,7 @@ CALLED void attend(float *o, const float *q, const float *keys, const float *val
             stick *= kept[i];
             stick = stick < LEAST_STICK ? 0 : stick;
         }
-        add_products((Rows){o, width, NULL}, (Rows){taken, count, NULL}, values + (size_t)first * width, NULL, 1);
+        add_products((Rows){o, width, NULL}, (Rows){taken, count, NULL}, values + (size_t)first * width, NULL, 1, NULL);
     }
 }
 
@@ -205,7 +208,7 @@ CALLED void attend(float *o, const float *q, const float *keys, const float *val
 static void add_change(float *y, const float *x, const Change *change, float gate, float *between, int wide, int d) {
     const int in = change->right ? change->rank : d;
     if (change->right) {
-        linear(between, x, change->right, NULL, 1, d, change->rank);
+        linear(between, x, change->right, NULL, 1, d, change->rank, change->left);
         x = between;
     }
     for (int i = 0; i < wide; i++) y[i] += gate * dot(change->left + (size_t)i * in, x, in);
@@ -215,7 +218,8 @@ static void add_change(float *y, const float *x, const Change *change, float gat
 static void append(const Layer *layer, int which, const Room *room, const Shape *shape, const Step *step) {
     const int wide = shape->num_heads * shape->d_head, d = shape->d_model, rows = step->rows;
     if (layer->weights[which])
-        linear(room->first, room->normed, layer->weights[which], layer->biases[which], rows, d, wide);
+        linear(room->first, room->normed, layer->weights[which], layer->biases[which], rows, d, wide,
+               which == OF_KEYS ? layer->weights[OF_VALUES] : layer->sites[ATTENTION].hidden_weight);
     else
         memcpy(room->first, room->normed, sizeof(float) * rows * wide);
     for (int number = 0; step->gates && number < shape->num_generations; number++) {
@@ -234,18 +238,22 @@ static void append(const Layer *layer, int which, const Room *room, const Shape 
         }
 }
 
-/* What every expert of a site adds to the rows that chose it. `layer` NULL: feed-forward; else attention over its cache. */
+/* What every expert of a site adds to the rows that chose it. `layer` NULL: feed-forward; else attention over its cache.
+ * `next`: the matrix read after them, or NULL. */
 static void add_experts(const Room *room, const Site *site, const Shape *shape, const Layer *layer, const Step *step,
-                        float *x) {
+                        float *x, const float *next) {
     const int d = shape->d_model, heads = shape->num_heads, width = shape->d_head, wide = site->width;
     for (int e = 0; e < site->num_experts; e++) {
         const int begin = room->begins[e], count = room->begins[e + 1] - begin;
         if (!count) continue;
         const int32_t *numbers = room->sorted_rows + begin;
-        const size_t at = (size_t)e * d * wide;
+        const size_t matrix = (size_t)d * wide;
+        const float *enter = site->enter + e * matrix, *leave = site->leave + e * matrix;
+        int after = e + 1;
+        while (after < site->num_experts && room->begins[after] == room->begins[after + 1]) after++;
         const Rows first = {room->first, wide, NULL}, second = {room->second, wide, NULL};
         memset(room->first, 0, sizeof(float) * count * wide);
-        add_products(first, (Rows){room->normed, d, numbers}, site->enter + at, NULL, count);
+        add_products(first, (Rows){room->normed, d, numbers}, enter, NULL, count, leave);
         if (layer) {
             memset(room->second, 0, sizeof(float) * count * wide);
             for (int n = 0; n < count; n++)
@@ -262,25 +270,38 @@ static void add_experts(const Room *room, const Site *site, const Shape *shape, 
                 room->first[i] = h / (1 + exponential(low > GREATEST_LOGIT ? GREATEST_LOGIT : low));
             }
         }
-        add_products((Rows){x, d, numbers}, layer ? second : first, site->leave + at, room->sorted_gates + begin, count);
+        add_products((Rows){x, d, numbers}, layer ? second : first, leave, room->sorted_gates + begin, count,
+                     after < site->num_experts ? site->enter + after * matrix : next);
     }
 }
 
-static void add_site(const Room *room, const Layer *layer, int which, const Shape *shape, const Step *step, float *x) {
+/* The first generation from `number` on that has experts at a site and is open on a row, or how many there are. */
+static int next_open(const Layer *layer, int which, const Shape *shape, const Step *step, int number) {
+    while (number < shape->num_generations && !(layer->grown[number].sites[which].num_experts && open_gates(step, number)))
+        number++;
+    return number;
+}
+
+/* The matrix read after a layer's last: the next layer's first. */
+static const float *first_matrix(const Layer *layer) {
+    return layer->weights[OF_KEYS] ? layer->weights[OF_KEYS] : layer->sites[ATTENTION].hidden_weight;
+}
+
+/* `next`: the matrix read after this site, or NULL. */
+static void add_site(const Room *room, const Layer *layer, int which, const Shape *shape, const Step *step, float *x,
+                     const float *next) {
     const Layer *cached = which == ATTENTION ? layer : NULL;
     for (int row = 0; row < step->rows; row++) layer_norm(room->normed, x, layer, which, shape, step, row);
     if (which == ATTENTION) {
         append(layer, OF_KEYS, room, shape, step);
         append(layer, OF_VALUES, room, shape, step);
     }
-    route(room, layer->sites + which, shape, step->rows, NULL);
-    add_experts(room, layer->sites + which, shape, cached, step, x);
-    for (int number = 0; number < shape->num_generations; number++) {
-        const Site *grown = layer->grown[number].sites + which;
-        const float *gates = grown->num_experts ? open_gates(step, number) : NULL;
-        if (!gates) continue;
-        route(room, grown, shape, step->rows, gates);
-        add_experts(room, grown, shape, cached, step, x);
+    for (int number = -1, after; number < shape->num_generations; number = after) { /* -1: the base, open on every row */
+        const Site *site = number < 0 ? layer->sites + which : layer->grown[number].sites + which;
+        after = next_open(layer, which, shape, step, number + 1);
+        route(room, site, shape, step->rows, number < 0 ? NULL : open_gates(step, number));
+        add_experts(room, site, shape, cached, step, x,
+                    after < shape->num_generations ? layer->grown[after].sites[which].hidden_weight : next);
     }
 }
 
@@ -301,7 +322,9 @@ void mfext_decode_step(const Layer *layers, const Shape *shape, const Step *step
     room.sorted_rows = room.experts + picks;
     room.begins = room.sorted_rows + picks;
     for (int number = 0; number < shape->num_layers; number++) {
-        add_site(&room, layers + number, ATTENTION, shape, step, x);
-        add_site(&room, layers + number, FEEDFORWARD, shape, step, x);
+        const Layer *layer = layers + number;
+        const float *after = number + 1 < shape->num_layers ? first_matrix(layer + 1) : NULL;
+        add_site(&room, layer, ATTENTION, shape, step, x, layer->sites[FEEDFORWARD].hidden_weight);
+        add_site(&room, layer, FEEDFORWARD, shape, step, x, after);
     }
 }
