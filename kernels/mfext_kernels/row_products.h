@@ -21,9 +21,10 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* y (rows, out) = x (rows, in) W^T + bias, W (out, in), four outputs at a time; `bias` may be NULL, and `next`, the matrix read
- * after W. */
-CALLED void linear(float *y, const float *x, const float *w, const float *bias, int rows, int in, int out, const float *next) {
+/* y (rows, out; a row every `stride` numbers) = x (rows, in) W^T + bias, W (out, in), four outputs at a time; `bias` may be
+ * NULL, and `next`, the matrix read after W. */
+CALLED void linear(float *y, size_t stride, const float *x, const float *w, const float *bias, int rows, int in, int out,
+                   const float *next) {
     const float *end = w + (size_t)in * out;
     int o = 0;
     for (; o + 4 <= out; o += 4, w += 4 * (size_t)in) {
@@ -39,13 +40,13 @@ CALLED void linear(float *y, const float *x, const float *w, const float *bias, 
                 c += w2[i] * from[i];
                 d += w3[i] * from[i];
             }
-            float *to = y + (size_t)row * out + o;
+            float *to = y + row * stride + o;
             to[0] = a, to[1] = b, to[2] = c, to[3] = d;
         }
     }
     for (; o < out; o++, w += in)
-        for (int row = 0; row < rows; row++) y[(size_t)row * out + o] = dot(w, x + (size_t)row * in, in);
+        for (int row = 0; row < rows; row++) y[row * stride + o] = dot(w, x + (size_t)row * in, in);
     if (bias)
         for (int row = 0; row < rows; row++)
-            for (int i = 0; i < out; i++) y[(size_t)row * out + i] += bias[i];
+            for (int i = 0; i < out; i++) y[row * stride + i] += bias[i];
 }

@@ -11,7 +11,17 @@ from mfext.model.experts import AttentionExperts, FeedForwardExperts
 from mfext.model.feedforward import ExpertFeedForward
 from mfext.model.generation import Generation, MatrixChange, NormChange
 from mfext.model.router import Router
-from mfext_kernels.decode_step import Change, DecodeStep, GrownTensors, LayerTensors, SiteTensors, available, fits
+from mfext_kernels.decode_step import (
+    Change,
+    DecodeStep,
+    EndTensors,
+    GrownEnds,
+    GrownTensors,
+    LayerTensors,
+    SiteTensors,
+    available,
+    fits,
+)
 
 if TYPE_CHECKING:
     from mfext.model.cache import Cache
@@ -30,7 +40,16 @@ def compiled_step(model: ModuleFormer, cache: Cache) -> DecodeStep | None:
             zip(model.sites(), cache.keys_values, strict=True)
         )
     ]
-    return DecodeStep(layers, model.config.layer_norm_eps) if fits(layers) else None
+    ends = EndTensors(
+        _norm(model.final_norm),
+        model.embedding.weight,
+        model.lm_head.weight,
+        tuple(
+            GrownEnds(_changed_norm(each.final_norm), _change(each.embedding), _change(each.head))
+            for each in generations
+        ),
+    )
+    return DecodeStep(layers, ends, model.config.layer_norm_eps) if fits(layers, ends) else None
 
 
 def _layer(
@@ -46,8 +65,8 @@ def _layer(
         key, value = attention.key, attention.value
         projections = (key.weight, key.bias, value.weight, value.bias)
     return LayerTensors(
-        _site(norms[0], attention.router, attention.experts, chosen[0]),
-        _site(norms[1], feedforward.router, feedforward.experts, chosen[1]),
+        _site(_norm(norms[0]), attention.router, attention.experts, chosen[0]),
+        _site(_norm(norms[1]), feedforward.router, feedforward.experts, chosen[1]),
         projections,
         kv,
         grown,
@@ -56,18 +75,18 @@ def _layer(
 
 def _grown(generation: Generation, number: int) -> GrownTensors:
     layer, config = generation.layer(number), generation.config
+    chosen = config.attention_experts_per_token, config.feedforward_experts_per_token
+    norms = _changed_norm(layer.attention_norm), _changed_norm(layer.feedforward_norm)
     return GrownTensors(
-        _site(layer.attention_norm, layer.attention_router, layer.attention, config.attention_experts_per_token),
-        _site(
-            layer.feedforward_norm, layer.feedforward_router, layer.feedforward, config.feedforward_experts_per_token
-        ),
+        _site(norms[0], layer.attention_router, layer.attention, chosen[0]),
+        _site(norms[1], layer.feedforward_router, layer.feedforward, chosen[1]),
         _change(layer.key),
         _change(layer.value),
     )
 
 
 def _site(
-    norm: nn.LayerNorm | NormChange | None,
+    norm: tuple[Tensor, Tensor] | None,
     router: nn.Module | None,
     experts: AttentionExperts | FeedForwardExperts | None,
     num_chosen: int,
@@ -75,7 +94,15 @@ def _site(
     weights = None
     if isinstance(router, Router):
         weights = (router.hidden.weight, router.hidden.bias, router.output.weight)
-    return SiteTensors(None if norm is None else (norm.weight, norm.bias), weights, _matrices(experts), num_chosen)
+    return SiteTensors(norm, weights, _matrices(experts), num_chosen)
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return norm.weight, norm.bias
+
+
+def _changed_norm(change: NormChange | None) -> tuple[Tensor, Tensor] | None:
+    return None if change is None else (change.weight, change.bias)
 
 
 def _matrices(experts: AttentionExperts | FeedForwardExperts | None) -> tuple[Tensor, Tensor] | None:

@@ -168,20 +168,21 @@ class ModuleFormer(LanguageModel):
         Of more than one, of one that does not see its cache from the first key on, or with a generation open on it, by
         the compiled step alone.
         """
-        config, rows = self.config, cache.keys_values[0].shape[1]
+        rows = cache.keys_values[0].shape[1]
         simple = (
             input_ids.shape == (rows, 1)
             and rows <= MOST_ROWS_COMPILED
             and input_ids.device.type == "cpu"
             and cache.length < cache.capacity
             and not torch.is_grad_enabled()
-            and config.router == "mlp"
-            and all(each.mode == "gated" for each in config.generations)
-            and not torch.is_autocast_enabled(input_ids.device.type)
+            and not torch.is_autocast_enabled("cpu")
         )
-        if not simple:
+        if not simple or cache.compiled is not None:
+            return simple
+        config = self.config
+        if config.router != "mlp" or any(each.mode != "gated" for each in config.generations):
             return False
-        if cache.compiled is None and cache.weights is None:
+        if cache.weights is None:
             cache.compiled = compiled_step(self, cache)
         plain = rows == 1 and positions.starts_BT is None and not (config.identity_keys_values or opened)
         torch_too = plain and self.embedding.weight.dtype in (torch.float32, torch.float64)
@@ -196,25 +197,23 @@ class ModuleFormer(LanguageModel):
         opened: tuple[OpenTokens, ...],
     ) -> ModelOutput:
         """One token a row: by the compiled step, which reports no routings, or by the shortest path through torch."""
-        x_BD = self._embed(input_ids, opened)[:, 0]
         routings: list[Routing] = []
         if cache.compiled is not None:
             starts_B = None if positions.starts_BT is None else positions.starts_BT[:, 0]
             gates_GB = torch.cat([each.view(1, -1) for each in gates.values()]).float() if opened else None
-            cache.compiled(x_BD, cache.length, starts_B, gates_GB)
+            logits_BTV = cache.compiled(input_ids[:, 0], cache.length, starts_B, gates_GB)[:, None]
             cache.starts_B = starts_B
         else:
             if cache.weights is None:
                 cache.weights = tuple(block.weights() for block in self.blocks if isinstance(block, Block))
+            x_BD = self.embedding(input_ids[:, 0])
             for weights, keys_values in zip(cache.weights, cache.keys_values, strict=True):
                 x_BD, attention_routing = attend(x_BD, weights.attention, keys_values, cache.length)
                 x_BD, feedforward_routing = feed_forward(x_BD, weights.feedforward)
                 routings += attention_routing, feedforward_routing
+            logits_BTV = self.lm_head(self.final_norm(x_BD.unsqueeze(1)))
         cache.length += 1
-        x_BTD = changed_norm(
-            self.final_norm, x_BD.unsqueeze(1), [(each, each.generation.final_norm) for each in opened]
-        )
-        return ModelOutput(self._head(x_BTD, opened), tuple(routings), _stacked(gates))
+        return ModelOutput(logits_BTV, tuple(routings), _stacked(gates))
 
     def _replay(self, input_ids: Tensor, cache: Cache) -> ModelOutput:
         """One token a row on a GPU, as it was recorded; no routings, which lie in the graph's own memory."""

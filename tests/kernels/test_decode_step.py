@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,32 @@ def test_greedy_continuations_are_those_without_it(monkeypatch: pytest.MonkeyPat
     with_it = model.generate(ids, sampling=Sampling(max_new_tokens=40)).rows[0].tokens
     monkeypatch.setattr("mfext.model.compiled_step.available", lambda: False)
     assert model.generate(ids, sampling=Sampling(max_new_tokens=40)).rows[0].tokens == with_it
+
+
+def test_logits_have_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(replace(SHAPES["two heads"], vocab_size=1003))  # parts of four tokens, the last one of three
+    ids = torch.randint(0, 1003, (3, 4))
+    monkeypatch.setattr("mfext_kernels.decode_step.HEAD_PART", 4000)
+    threads, by_threads = torch.get_num_threads(), []
+    try:
+        for each in (1, 2, 5):
+            torch.set_num_threads(each)
+            cache = model.new_cache(3, 5)
+            with torch.no_grad():
+                by_threads.append(torch.cat([model(ids[:, [at]], cache=cache).logits for at in range(4)], dim=1))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, by_threads[0]) for each in by_threads)
+    with torch.no_grad():
+        whole = model(ids).logits
+    assert (by_threads[0] - whole).abs().max() <= TOLERANCE * whole.abs().max()
+
+
+@pytest.mark.parametrize("token", [-1, 258])
+def test_an_id_outside_the_vocabulary_is_refused(token: int) -> None:
+    model = model_of(SHAPES["two heads"])
+    with torch.no_grad(), pytest.raises(IndexError, match="from 0 to 257"):
+        model(torch.tensor([[token]]), cache=model.new_cache(1, 2))
 
 
 def test_other_dtypes_take_the_torch_path() -> None:

@@ -1,10 +1,12 @@
-"""One new token of one or several sequences through every layer of a model, in one call of compiled code.
+"""One new token of one or several sequences through a model, from ids to logits, in one call of compiled code.
 
 A decoding step in torch is bound by its calls: 63 operations a layer took 1.9 of 3 ms. Here a step is one call: C
 compiled at first use with the system's compiler, float32 on the CPU. Sequences that chose the same expert pass it
 together, so its weights are read once a step; generations behind gates add theirs on the rows they are open on. It
 reads weights where they lie, so a weight changed in place is seen. Where it cannot be built the caller takes its torch
 path; `explain()` says why.
+
+The head is a second call, shared out among threads where it is large; its bits do not depend on how many.
 
 Equations as in the other ops: stick-breaking attention over the cache, expert queries and outputs, feed-forward experts
 with tanh-gelu, routers of kind mlp, all gates softmax probabilities over all experts.
@@ -20,10 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfext_kernels.native import Source
+from mfext_kernels.native import Source, in_parts
 
 SOURCE = Source(Path(__file__).with_name("decode_step.c"))
 available, explain = SOURCE.available, SOURCE.explain
+HEAD_PART = 2**22  # numbers of a head that are worth a thread's while
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,28 @@ class LayerTensors:
     grown: tuple[GrownTensors, ...] = ()
 
 
+@dataclass(frozen=True)
+class GrownEnds:
+    """What a gated generation adds to embedding and head (V, D), and to the last norm."""
+
+    norm: tuple[Tensor, Tensor] | None
+    embedding: Change | None
+    head: Change | None
+
+
+@dataclass(frozen=True)
+class EndTensors:
+    """What lies before the first layer and behind the last: embedding (V, D), norm (D), (D), and head (V, D)."""
+
+    norm: tuple[Tensor, Tensor]
+    embedding: Tensor
+    head: Tensor
+    grown: tuple[GrownEnds, ...] = ()
+
+
+_PAIR = ctypes.c_void_p * 2
+
+
 class _Site(ctypes.Structure):
     _fields_ = (
         *(
@@ -94,18 +119,15 @@ class _Grown(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("sites", _Site * 2),
-        *((name, ctypes.c_void_p * 2) for name in ("weights", "biases", "cache")),
+        *((name, _PAIR) for name in ("weights", "biases", "cache")),
         ("grown", ctypes.POINTER(_Grown)),
     )
 
 
 class _Shape(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in ("num_layers", "num_generations", "d_model", "num_heads", "d_head", "d_router", "capacity")
-        ),
-        *((name, ctypes.c_int32) for name in ("widest", "most_chosen")),
+        *((name, ctypes.c_int32) for name in ("vocabulary", "num_layers", "num_generations", "d_model", "num_heads")),
+        *((name, ctypes.c_int32) for name in ("d_head", "d_router", "capacity", "widest", "most_chosen")),
         ("eps", ctypes.c_float),
     )
 
@@ -113,7 +135,7 @@ class _Shape(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("rows", "position")),
-        *((name, ctypes.c_void_p) for name in ("starts", "gates")),
+        *((name, ctypes.c_void_p) for name in ("ids", "starts", "gates")),
     )
 
 
@@ -123,53 +145,67 @@ class DecodeStep:
     A weight changed in place is seen; a parameter replaced by another tensor is not: begin a new cache then.
     """
 
-    def __init__(self, layers: Sequence[LayerTensors], eps: float) -> None:
+    def __init__(self, layers: Sequence[LayerTensors], ends: EndTensors, eps: float) -> None:
         first = layers[0]
         _, rows, heads, capacity, width = first.keys_values.shape
         sites = [site for layer in layers for site in _sites(layer)]
         # Aliases of the storage itself: a parameter given other data meanwhile leaves ours alive.
-        self._storages = [tensor.detach() for layer in layers for tensor in _tensors(layer)]
+        self._storages = [tensor.detach() for tensor in _tensors(layers, ends)]
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self._ends = _ends(ends)
         assert first.attention.experts is not None and first.attention.router is not None
-        d_model, d_router = first.attention.experts[0].shape[1], first.attention.router[0].shape[0]
-        widest = max(heads * width, *(site.width for site in sites))
+        (vocabulary, d_model), d_router = ends.embedding.shape, first.attention.router[0].shape[0]
+        ranks = [change[1].shape[0] for change in _changes(layers, ends) if len(change) == 2]
+        widest = max(heads * width, *(site.width for site in sites), *ranks)
         most = max(site.num_chosen for site in sites)
         experts = max(site.num_experts for site in sites)
-        self._shape = _Shape(
-            len(layers), len(first.grown), d_model, heads, width, d_router, capacity, widest, most, eps
-        )
+        counts = (vocabulary, len(layers), len(first.grown), d_model, heads, width, d_router, capacity)
+        self._shape = _Shape(*counts, widest, most, eps)
+        self._normed = torch.empty(rows, d_model)
         self._scratch = torch.empty(rows * (d_model + 2 * widest + d_router + experts + 2 * most))
         self._numbers = torch.empty(2 * rows * most + experts + 1, dtype=torch.int32)
-        self._function = SOURCE.function("mfext_decode_step", (ctypes.c_void_p,) * 6)
-        self._fixed = (ctypes.addressof(self._layers), ctypes.addressof(self._shape))
+        self._step = SOURCE.function("mfext_decode_step", (ctypes.c_void_p,) * 7, ctypes.c_int64)
+        self._head = SOURCE.function("mfext_decode_head", (ctypes.c_void_p,) * 6 + (ctypes.c_int64,) * 2)
+        self._fixed = tuple(ctypes.addressof(each) for each in (self._layers, self._ends, self._shape))
+        self._room = self._normed.data_ptr(), self._scratch.data_ptr(), self._numbers.data_ptr()
 
     def __call__(
-        self, x_BD: Tensor, position: int, starts_B: Tensor | None = None, gates_GB: Tensor | None = None
-    ) -> None:
-        """Carry x (B, D, contiguous, float32), a row a sequence, through all layers in place.
+        self, ids_B: Tensor, position: int, starts_B: Tensor | None = None, gates_GB: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, V) of one new token a sequence, of which a cache of `position` positions came before.
 
         A row's keys before its start are not seen; None: every row sees all of its own. `gates_GB` (float32, in
         [0, 1]): how far each generation is open on each row; None: every one is closed. Raises ValueError for gates of
-        another number of generations than the step was made for.
+        another number of generations than the step was made for, IndexError for an id outside the vocabulary.
         """
-        if gates_GB is not None and gates_GB.shape != (self._shape.num_generations, len(x_BD)):
-            made_for = f"{self._shape.num_generations} generations of {len(x_BD)} rows"
+        if gates_GB is not None and gates_GB.shape != (self._shape.num_generations, len(ids_B)):
+            made_for = f"{self._shape.num_generations} generations of {len(ids_B)} rows"
             raise ValueError(f"gates_GB: of shape {tuple(gates_GB.shape)}, for {made_for}: begin a new cache")
+        ids = ids_B.long().contiguous()
         starts = None if starts_B is None else starts_B.to(torch.int32).contiguous()
         gates = None if gates_GB is None else gates_GB.contiguous()
-        pointers = (None if each is None else each.data_ptr() for each in (starts, gates))
-        step = _Step(len(x_BD), position, *pointers)
-        self._function(
-            *self._fixed, ctypes.addressof(step), x_BD.data_ptr(), self._scratch.data_ptr(), self._numbers.data_ptr()
-        )
+        pointers = (None if each is None else each.data_ptr() for each in (ids, starts, gates))
+        step = _Step(len(ids), position, *pointers)
+        if self._step(*self._fixed, ctypes.addressof(step), *self._room):
+            raise IndexError(f"ids_B: must be from 0 to {self._shape.vocabulary - 1}")
+        vocabulary, d_model = self._shape.vocabulary, self._shape.d_model
+        logits_BV = self._normed.new_empty(len(ids), vocabulary)
+
+        def head(first: int, last: int) -> None:
+            """Of every four tokens from `first` on."""
+            between = self._normed.new_empty(self._shape.widest)
+            pointers = logits_BV.data_ptr(), self._room[0], between.data_ptr()
+            self._head(*self._fixed[1:], ctypes.addressof(step), *pointers, 4 * first, min(4 * last, vocabulary))
+
+        in_parts(-(-vocabulary // 4), head, 1 + vocabulary * d_model // HEAD_PART)
+        return logits_BV
 
 
-def fits(layers: Sequence[LayerTensors]) -> bool:
+def fits(layers: Sequence[LayerTensors], ends: EndTensors) -> bool:
     """Whether every tensor is what the compiled code reads: float32, contiguous, on the CPU."""
     return all(
         tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
-        for layer in layers
-        for tensor in _tensors(layer)
+        for tensor in _tensors(layers, ends)
     )
 
 
@@ -178,12 +214,22 @@ def _sites(layer: LayerTensors) -> list[SiteTensors]:
     return [layer.attention, layer.feedforward, *grown]
 
 
-def _tensors(layer: LayerTensors) -> list[Tensor]:
-    sites = [
-        tensor for site in _sites(layer) for part in (site.norm, site.router, site.experts) for tensor in part or ()
+def _changes(layers: Sequence[LayerTensors], ends: EndTensors) -> list[Change]:
+    of_layers = [change for layer in layers for each in layer.grown for change in (each.key, each.value)]
+    of_ends = [change for each in ends.grown for change in (each.embedding, each.head)]
+    return [change for change in of_layers + of_ends if change is not None]
+
+
+def _tensors(layers: Sequence[LayerTensors], ends: EndTensors) -> list[Tensor]:
+    sites = [site for layer in layers for site in _sites(layer)]
+    parts: list[tuple[Tensor, ...] | None] = [
+        (ends.embedding, ends.head),
+        ends.norm,
+        *(each.norm for each in ends.grown),
     ]
-    changes = [tensor for grown in layer.grown for change in (grown.key, grown.value) for tensor in change or ()]
-    return [*sites, *changes, *(layer.projections or ()), layer.keys_values]
+    parts += [part for site in sites for part in (site.norm, site.router, site.experts)]
+    parts += [*_changes(layers, ends), *(layer.projections for layer in layers)]
+    return [tensor for part in parts for tensor in part or ()] + [layer.keys_values for layer in layers]
 
 
 def _site(site: SiteTensors) -> _Site:
@@ -209,9 +255,25 @@ def _both_sites(layer: LayerTensors | GrownTensors) -> ctypes.Array[_Site]:
 
 def _layer(layer: LayerTensors) -> _Layer:
     grown = (_Grown * len(layer.grown))(
-        *(_Grown(_both_sites(each), (_Change * 2)(_change(each.key), _change(each.value))) for each in layer.grown)
+        *(_Grown(_both_sites(each), _both_changes(each.key, each.value)) for each in layer.grown)
     )
     weights = [tensor.data_ptr() for tensor in layer.projections] if layer.projections else [None] * 4
-    pair = ctypes.c_void_p * 2
-    cache = pair(layer.keys_values[0].data_ptr(), layer.keys_values[1].data_ptr())
-    return _Layer(_both_sites(layer), pair(*weights[::2]), pair(*weights[1::2]), cache, grown)
+    cache = _PAIR(layer.keys_values[0].data_ptr(), layer.keys_values[1].data_ptr())
+    return _Layer(_both_sites(layer), _PAIR(*weights[::2]), _PAIR(*weights[1::2]), cache, grown)
+
+
+def _ends(ends: EndTensors) -> _Layer:
+    """As a layer of one norm and no experts: decode_step.c says which is what."""
+
+    def only(norm: tuple[Tensor, Tensor] | None) -> ctypes.Array[_Site]:
+        return (_Site * 2)(_site(SiteTensors(norm, None, None, 0)))
+
+    grown = (_Grown * len(ends.grown))(
+        *(_Grown(only(each.norm), _both_changes(each.embedding, each.head)) for each in ends.grown)
+    )
+    weights = _PAIR(ends.embedding.data_ptr(), ends.head.data_ptr())
+    return _Layer(only(ends.norm), weights, _PAIR(), _PAIR(), grown)
+
+
+def _both_changes(first: Change | None, second: Change | None) -> ctypes.Array[_Change]:
+    return (_Change * 2)(_change(first), _change(second))

@@ -1,11 +1,11 @@
-/* One new token of one or several sequences (rows) through every layer of a ModuleFormer, float32.
+/* One new token of one or several sequences (rows) through a ModuleFormer, from ids to logits, float32.
  *
  * Matrices are row-major. Expert matrices (E, in, out) are applied as a weighted sum of their rows, linear layers
  * (out, in) as dot products. Rows that chose the same expert pass it together, four of its rows at a time, so each
  * weight comes from memory once however many rows want it; a row's sums have the same order whoever is beside it, so
  * its bits are those of the row alone. Generations grown on the model change norms, keys and values and add experts of
- * their own, times a gate, for the rows they are open on; the other rows keep their bits. The residual stream x (rows, D)
- * is read and written in place; keys and values of the new position are appended to the cache. */
+ * their own, times a gate, for the rows they are open on; the other rows keep their bits. Keys and values of the new
+ * position are appended to the cache. */
 #include "../exponential.h"
 #include "../row_products.h"
 
@@ -31,6 +31,9 @@ typedef struct {
 
 enum { ATTENTION, FEEDFORWARD }; /* of a layer's sites */
 enum { OF_KEYS, OF_VALUES };     /* of its projections */
+/* What lies before the first layer and behind the last is described as a layer of one norm and no experts. */
+enum { FINAL };                  /* its norm, before the head */
+enum { EMBEDDING, HEAD };        /* its weights (V, D), and those a generation changes */
 
 typedef struct {
     Site sites[2];
@@ -45,15 +48,16 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int32_t num_layers, num_generations, d_model, num_heads, d_head, d_router, capacity;
-    int32_t widest, most_chosen; /* of all sites: the widest W and A, the greatest K */
+    int32_t vocabulary, num_layers, num_generations, d_model, num_heads, d_head, d_router, capacity;
+    int32_t widest, most_chosen; /* the greatest of all W, A and R; of all K */
     float eps;
 } Shape;
 
-/* One step: keys before a row's start are not seen (NULL: none are hidden); gates (generations, rows), in [0, 1], or NULL
- * where every generation is closed on every row. */
+/* One step: ids (rows); keys before a row's start are not seen (NULL: none are hidden); gates (generations, rows), in
+ * [0, 1], or NULL where every generation is closed on every row. */
 typedef struct {
     int32_t rows, position;
+    const int64_t *ids;
     const int32_t *starts;
     const float *gates;
 } Step;
@@ -145,7 +149,8 @@ static void choose(int32_t *experts, float *gates, float *probability, int num_e
 
 /* Room for a step of `rows` rows, from the caller's scratch. */
 typedef struct {
-    float *normed, *first, *second;      /* (rows, D), (rows, W), (rows, W) */
+    float *x, *normed;                   /* the residual stream (rows, D), and as a norm left it */
+    float *first, *second;               /* (rows, widest) */
     float *hidden, *probability;         /* (rows, G), (rows, E) */
     float *gates, *sorted_gates;         /* (rows, K): as chosen, and by expert */
     int32_t *experts, *sorted_rows;      /* (rows, K) */
@@ -156,12 +161,13 @@ typedef struct {
  * among equals. */
 static void route(const Room *room, const Site *site, const Shape *shape, int rows, const float *gates) {
     const int num_experts = site->num_experts, d_router = shape->d_router, chosen = site->chosen, picks = rows * chosen;
-    linear(room->hidden, room->normed, site->hidden_weight, site->hidden_bias, rows, shape->d_model, d_router, site->output_weight);
+    linear(room->hidden, d_router, room->normed, site->hidden_weight, site->hidden_bias, rows, shape->d_model, d_router,
+           site->output_weight);
     for (int i = 0; i < rows * d_router; i++) {
         const float h = room->hidden[i];
         room->hidden[i] = 0.5f * h * (1 + erff(h * 0.70710678118654752f));
     }
-    linear(room->probability, room->hidden, site->output_weight, NULL, rows, d_router, num_experts, NULL);
+    linear(room->probability, num_experts, room->hidden, site->output_weight, NULL, rows, d_router, num_experts, NULL);
     memset(room->begins, 0, sizeof(int32_t) * (num_experts + 1));
     for (int row = 0; row < rows; row++) {
         const size_t at = (size_t)row * chosen;
@@ -187,7 +193,7 @@ CALLED void attend(float *o, const float *q, const float *keys, const float *val
     float taken[KEYS], kept[KEYS], stick = 1;
     for (int end = position + 1; end > start && !(stick < LEAST_STICK); end -= KEYS) {
         const int first = end - KEYS > start ? end - KEYS : start, count = end - first;
-        linear(taken, q, keys + (size_t)first * width, NULL, 1, width, count, NULL);
+        linear(taken, count, q, keys + (size_t)first * width, NULL, 1, width, count, NULL);
 #pragma omp simd
         for (int i = 0; i < count; i++) {
             const float l = scale * taken[i], low = -fabsf(l);
@@ -204,32 +210,40 @@ CALLED void attend(float *o, const float *q, const float *keys, const float *val
     }
 }
 
-/* y (A) += gate * W x (D), by way of `between` (R). */
-static void add_change(float *y, const float *x, const Change *change, float gate, float *between, int wide, int d) {
+/* y, from number `first` to before `last`, += gate * W x (D), by way of `between` (R). */
+static void add_change(float *y, const float *x, const Change *change, float gate, float *between, int first, int last, int d) {
     const int in = change->right ? change->rank : d;
     if (change->right) {
-        linear(between, x, change->right, NULL, 1, d, change->rank, change->left);
+        linear(between, in, x, change->right, NULL, 1, d, in, change->left);
         x = between;
     }
-    for (int i = 0; i < wide; i++) y[i] += gate * dot(change->left + (size_t)i * in, x, in);
+    for (int i = first; i < last; i++) y[i] += gate * dot(change->left + (size_t)i * in, x, in);
 }
 
-/* The new position's keys or values of every row, into the cache. */
-static void append(const Layer *layer, int which, const Room *room, const Shape *shape, const Step *step) {
-    const int wide = shape->num_heads * shape->d_head, d = shape->d_model, rows = step->rows;
-    if (layer->weights[which])
-        linear(room->first, room->normed, layer->weights[which], layer->biases[which], rows, d, wide,
-               which == OF_KEYS ? layer->weights[OF_VALUES] : layer->sites[ATTENTION].hidden_weight);
-    else
-        memcpy(room->first, room->normed, sizeof(float) * rows * wide);
+/* y (rows, out), from number `first` of each row to before `last`, = W x + b of the normed rows, with the changes of every
+ * generation open on a row; W NULL: x itself. */
+static void project(float *y, int out, int first, int last, const Layer *layer, int which, const float *normed, float *between,
+                    const Shape *shape, const Step *step, const float *next) {
+    const int d = shape->d_model, rows = step->rows;
+    const float *weights = layer->weights[which], *biases = layer->biases[which];
+    if (weights)
+        linear(y + first, out, normed, weights + (size_t)first * d, biases ? biases + first : NULL, rows, d, last - first, next);
+    for (int row = 0; !weights && row < rows; row++)
+        memcpy(y + (size_t)row * out + first, normed + (size_t)row * d + first, sizeof(float) * (last - first));
     for (int number = 0; step->gates && number < shape->num_generations; number++) {
         const Change *change = layer->grown[number].changes + which;
         const float *gates = step->gates + (size_t)number * rows;
         for (int row = 0; change->left && row < rows; row++)
             if (gates[row] > 0)
-                add_change(room->first + (size_t)row * wide, room->normed + (size_t)row * d, change, gates[row],
-                           room->second, wide, d);
+                add_change(y + (size_t)row * out, normed + (size_t)row * d, change, gates[row], between, first, last, d);
     }
+}
+
+/* The new position's keys or values of every row, into the cache. */
+static void append(const Layer *layer, int which, const Room *room, const Shape *shape, const Step *step) {
+    const int wide = shape->num_heads * shape->d_head, rows = step->rows;
+    const float *next = which == OF_KEYS ? layer->weights[OF_VALUES] : layer->sites[ATTENTION].hidden_weight;
+    project(room->first, wide, 0, wide, layer, which, room->normed, room->second, shape, step, next);
     for (int row = 0; row < rows; row++)
         for (int h = 0; h < shape->num_heads; h++) {
             const size_t head = ((size_t)row * shape->num_heads + h) * shape->capacity + step->position;
@@ -241,7 +255,7 @@ static void append(const Layer *layer, int which, const Room *room, const Shape 
 /* What every expert of a site adds to the rows that chose it. `layer` NULL: feed-forward; else attention over its cache.
  * `next`: the matrix read after them, or NULL. */
 static void add_experts(const Room *room, const Site *site, const Shape *shape, const Layer *layer, const Step *step,
-                        float *x, const float *next) {
+                        const float *next) {
     const int d = shape->d_model, heads = shape->num_heads, width = shape->d_head, wide = site->width;
     for (int e = 0; e < site->num_experts; e++) {
         const int begin = room->begins[e], count = room->begins[e + 1] - begin;
@@ -270,7 +284,7 @@ static void add_experts(const Room *room, const Site *site, const Shape *shape, 
                 room->first[i] = h / (1 + exponential(low > GREATEST_LOGIT ? GREATEST_LOGIT : low));
             }
         }
-        add_products((Rows){x, d, numbers}, layer ? second : first, leave, room->sorted_gates + begin, count,
+        add_products((Rows){room->x, d, numbers}, layer ? second : first, leave, room->sorted_gates + begin, count,
                      after < site->num_experts ? site->enter + after * matrix : next);
     }
 }
@@ -288,10 +302,10 @@ static const float *first_matrix(const Layer *layer) {
 }
 
 /* `next`: the matrix read after this site, or NULL. */
-static void add_site(const Room *room, const Layer *layer, int which, const Shape *shape, const Step *step, float *x,
+static void add_site(const Room *room, const Layer *layer, int which, const Shape *shape, const Step *step,
                      const float *next) {
     const Layer *cached = which == ATTENTION ? layer : NULL;
-    for (int row = 0; row < step->rows; row++) layer_norm(room->normed, x, layer, which, shape, step, row);
+    for (int row = 0; row < step->rows; row++) layer_norm(room->normed, room->x, layer, which, shape, step, row);
     if (which == ATTENTION) {
         append(layer, OF_KEYS, room, shape, step);
         append(layer, OF_VALUES, room, shape, step);
@@ -300,19 +314,45 @@ static void add_site(const Room *room, const Layer *layer, int which, const Shap
         const Site *site = number < 0 ? layer->sites + which : layer->grown[number].sites + which;
         after = next_open(layer, which, shape, step, number + 1);
         route(room, site, shape, step->rows, number < 0 ? NULL : open_gates(step, number));
-        add_experts(room, site, shape, cached, step, x,
+        add_experts(room, site, shape, cached, step,
                     after < shape->num_generations ? layer->grown[after].sites[which].hidden_weight : next);
     }
 }
 
-/* x (rows, D) in place. With E the most experts of a site, W the widest and K the most chosen, `scratch` holds
- * rows * (D + 2 W + G + E + 2 K) floats, `numbers` 2 rows K + E + 1 integers. */
-void mfext_decode_step(const Layer *layers, const Shape *shape, const Step *step, float *x, float *scratch,
-                       int32_t *numbers) {
+/* x = the rows of the embedding; 1 where an id is outside the vocabulary, else 0. */
+static int64_t embed(const Room *room, const Layer *ends, const Shape *shape, const Step *step) {
+    const int d = shape->d_model;
+    for (int row = 0; row < step->rows; row++) {
+        const int64_t id = step->ids[row];
+        if (id < 0 || id >= shape->vocabulary) return 1;
+        float *x = room->x + (size_t)row * d;
+        memcpy(x, ends->weights[EMBEDDING] + id * d, sizeof(float) * d);
+        for (int number = 0; step->gates && number < shape->num_generations; number++) {
+            const Change *change = ends->grown[number].changes + EMBEDDING;
+            const float gate = step->gates[(size_t)number * step->rows + row];
+            if (!(gate > 0) || !change->left) continue;
+            if (change->right) {
+                memcpy(room->first, change->left + id * change->rank, sizeof(float) * change->rank);
+                add_products((Rows){x, d, NULL}, (Rows){room->first, change->rank, NULL}, change->right, &gate, 1, NULL);
+            } else {
+                const float *added = change->left + id * d;
+                for (int i = 0; i < d; i++) x[i] += gate * added[i];
+            }
+        }
+    }
+    return 0;
+}
+
+/* What the head reads, to `normed` (rows, D). With E the most experts of a site, W `widest` and K the most chosen, `scratch`
+ * holds rows * (D + 2 W + G + E + 2 K) floats, `numbers` 2 rows K + E + 1 integers. Returns 0, or 1, nothing done, where an
+ * id is outside the vocabulary. */
+int64_t mfext_decode_step(const Layer *layers, const Layer *ends, const Shape *shape, const Step *step, float *normed,
+                          float *scratch, int32_t *numbers) {
     const size_t rows = step->rows, picks = rows * shape->most_chosen;
     Room room;
-    room.normed = scratch;
-    room.first = room.normed + rows * shape->d_model;
+    room.normed = normed;
+    room.x = scratch;
+    room.first = room.x + rows * shape->d_model;
     room.second = room.first + rows * shape->widest;
     room.hidden = room.second + rows * shape->widest;
     room.gates = room.hidden + rows * shape->d_router;
@@ -321,10 +361,19 @@ void mfext_decode_step(const Layer *layers, const Shape *shape, const Step *step
     room.experts = numbers;
     room.sorted_rows = room.experts + picks;
     room.begins = room.sorted_rows + picks;
+    if (embed(&room, ends, shape, step)) return 1;
     for (int number = 0; number < shape->num_layers; number++) {
         const Layer *layer = layers + number;
-        const float *after = number + 1 < shape->num_layers ? first_matrix(layer + 1) : NULL;
-        add_site(&room, layer, ATTENTION, shape, step, x, layer->sites[FEEDFORWARD].hidden_weight);
-        add_site(&room, layer, FEEDFORWARD, shape, step, x, after);
+        const float *after = number + 1 < shape->num_layers ? first_matrix(layer + 1) : ends->weights[HEAD];
+        add_site(&room, layer, ATTENTION, shape, step, layer->sites[FEEDFORWARD].hidden_weight);
+        add_site(&room, layer, FEEDFORWARD, shape, step, after);
     }
+    for (size_t row = 0; row < rows; row++) layer_norm(room.normed, room.x, ends, FINAL, shape, step, row);
+    return 0;
+}
+
+/* Logits (rows, V), from number `first` of each row to before `last`, of what a step left in `normed`; `between`: W floats. */
+void mfext_decode_head(const Layer *ends, const Shape *shape, const Step *step, float *logits, const float *normed,
+                       float *between, int64_t first, int64_t last) {
+    project(logits, shape->vocabulary, first, last, ends, HEAD, normed, between, shape, step, NULL);
 }

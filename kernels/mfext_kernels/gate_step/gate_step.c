@@ -35,7 +35,7 @@ int64_t mfext_gate_step(float *logits, float *new_tail, float *new_sums, const f
             for (int e = 0; e < wide; e++) seen[e * window + w] = counts ? token[e] : 0;
             if (w) memcpy(after + (size_t)(w - 1) * wide, token, sizeof(float) * wide);
         }
-        linear(features, seen, gate->convolution, gate->convolution_bias, 1, wide * window, channels, gate->hidden);
+        linear(features, channels, seen, gate->convolution, gate->convolution_bias, 1, wide * window, channels, gate->hidden);
         gelu(features, channels);
         const float count = reach[row] > 0 ? (float)(reach[row] + 1) : 1;
         for (int m = 0; m < means; m++) {
@@ -48,7 +48,7 @@ int64_t mfext_gate_step(float *logits, float *new_tail, float *new_sums, const f
                 averaged[(size_t)m * channels + c] = sum / total;
             }
         }
-        linear(hidden, averaged, gate->hidden, gate->hidden_bias, 1, means * channels, gate->d_hidden, NULL);
+        linear(hidden, gate->d_hidden, averaged, gate->hidden, gate->hidden_bias, 1, means * channels, gate->d_hidden, NULL);
         gelu(hidden, gate->d_hidden);
         logits[row] = dot(hidden, gate->output, gate->d_hidden) + gate->output_bias[0];
     }
