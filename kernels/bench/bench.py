@@ -178,7 +178,7 @@ def scaling() -> Iterator[Figure]:
     """How an evaluation forward grows with experts, layers, length and generations whose gates are closed."""
 
     def rows(what: str, longer: Run, shorter: Run, at_most: float) -> Figure:
-        more, less = interleaved_ms(longer, shorter, 5, 5)
+        more, less = interleaved_ms(longer, shorter, 9, 9)
         return Figure(10, f"forward, {what}", more, less, "ms", more / less, "at most", at_most, counts=False)
 
     ids = torch.randint(0, 512, (SHAPES[512], 512))
