@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 test: lint types pytest
 
 check: lint types
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -30,8 +30,9 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
+# Two processes, whole files each, since a file's tests share what they trained.
 pytest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

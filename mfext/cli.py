@@ -26,7 +26,7 @@ from mfext import __version__, requests
 from mfext.completion import completion_script
 from mfext.config import Recipe
 from mfext.conversion import did_you_mean, from_mapping, to_mapping
-from mfext.errors import InputError, InterruptedRun, MfextError
+from mfext.errors import InputError, MfextError
 from mfext.process import keep_freed_memory, wait_without_spinning
 from mfext.verbs import VERBS, Flag, Verb, find_verb, help_text, verb_help
 
@@ -60,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return boundary.code
 
 
+class _Terminated(KeyboardInterrupt):
+    """By SIGTERM, at any line: not an Exception, which the library at work may catch and tell as its own failure."""
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends a verb as Ctrl-C does: one line, an exit code, nothing half-written left. Training has its own."""
@@ -74,7 +78,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise InterruptedRun(number, "interrupted")
+    raise _Terminated
 
 
 class _Boundary:
@@ -107,7 +111,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MfextError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return 143 if isinstance(error, _Terminated) else 130, "interrupted"
     if isinstance(error, BrokenPipeError):
         # The reader left (`mfext inspect | head`); python would complain again when it flushes at exit.
         with contextlib.suppress(OSError, ValueError):

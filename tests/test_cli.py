@@ -143,6 +143,20 @@ def test_a_verb_that_is_terminated_says_so_and_leaves_with_143(
     assert signal.getsignal(signal.SIGTERM) == former
 
 
+def test_no_library_tells_a_termination_as_its_own_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parse() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:  # as configuration libraries do, to say where
+            raise ValueError("not valid YAML") from error
+
+    stand_in(monkeypatch, "grow", parse)
+    assert main(["grow"]) == 143
+    assert capsys.readouterr().err == "mfext: error: interrupted\n"
+
+
 def test_debug_shows_the_traceback_before_the_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
