@@ -84,6 +84,14 @@ def test_of_equal_scores_the_earlier_come_first() -> None:
 
 
 @pytest.mark.skipif(not compiled.available(), reason=compiled.explain())
+@pytest.mark.parametrize("experts", [127, 128])
+def test_of_many_experts_the_choice_is_that_of_a_stable_sort(experts: int) -> None:
+    scores = torch.randint(0, 50, (200, experts)).float()  # many equals
+    expected = [sorted(range(experts), key=lambda e, row=row: (-row[e], e))[:3] for row in scores.tolist()]
+    assert compiled.top_k(scores, 3).tolist() == expected
+
+
+@pytest.mark.skipif(not compiled.available(), reason=compiled.explain())
 def test_what_is_no_number_still_chooses_different_experts() -> None:
     scores = torch.randn(60, 9)
     scores[torch.rand(60, 9) < 0.5] = torch.nan
